@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+QUESTION ?= What happens when an exception is raised inside a finally block?
+export QUESTION
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check
+
+help: ## Show these commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/'
+
+run: $(VENV)/.ready-to-run ## Answer a question of the Python language reference: make run QUESTION="..."
+	$(BIN)/longspan answer "$$QUESTION"
+
+test: $(VENV)/.ready-to-test ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-to-test ## Check format, lint, types and spelling
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright src
+	$(BIN)/codespell
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-to-run: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing longspan in $(VENV) (a few minutes the first time)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-to-test: pyproject.toml constraints.txt | $(VENV)/.ready-to-run
+	@echo "Installing the test tools in $(VENV)"
+	$(PIP) -e '.[dev]'
+	@touch $(VENV)/.ready-to-run $@

@@ -1,0 +1,3 @@
+from longspan.cli import main
+
+main()

@@ -1,0 +1,153 @@
+"""The one entry to attention: check the inputs, take the first backend without objection, run it.
+
+Shapes: B batch, H heads, M queries, N keys, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longspan.attention.backends import BACKENDS, Backend, Request
+from longspan.attention.patterns import Pattern
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    token_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the keys that `pattern` lets it see.
+
+    q: [B, H, M, D]. k, v: [B, H, N, D]. token_mask: Bool[B, N], True for tokens, False for padding; None: all tokens.
+    query_positions: Long[M] or Long[B, M], where the rows of q stand among the N tokens; None: q has all N rows.
+    scale: factor on q @ k, D ** -0.5 by default. dropout: fraction of the probabilities dropped, whoever calls.
+    backend: "auto" or a name out of BACKENDS; one that is asked for by name never falls back to another.
+
+    Returns out [B, H, M, D]; with return_lse also the log of each row's softmax sum, [B, H, M] in float32 or wider.
+    Padded rows, and rows that see nothing, give exactly 0 (lse -inf) and finite gradients; what padded rows of q, k
+    and v hold, NaN included, reaches neither outputs nor gradients of tokens.
+    Raises ValueError for inputs that do not fit together, NotImplementedError where no backend can run them.
+    """
+    request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse)
+    out, lse = choose(request, backend).run(request)
+    padded = _padded_queries(token_mask, query_positions)
+    if padded is not None:
+        out = out.masked_fill(padded[:, None, :, None], 0)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse if padded is None else lse.masked_fill(padded[:, None, :], -math.inf)
+
+
+def choose(request: Request, backend: str = "auto") -> Backend:
+    """The backend that runs `request`: the named one, or the first that neither refuses nor expects to be slower."""
+    if backend == "auto":
+        able = [candidate for candidate in BACKENDS if candidate.unsupported(request) is None]
+        if able:
+            return next((candidate for candidate in able if candidate.slower(request) is None), able[0])
+        reasons = "\n".join(f"  {candidate.name}: {candidate.unsupported(request)}" for candidate in BACKENDS)
+        raise NotImplementedError(f"no backend can run {request.pattern!r} on these inputs:\n{reasons}")
+    for candidate in BACKENDS:
+        if candidate.name == backend:
+            reason = candidate.unsupported(request)
+            if reason is None:
+                return candidate
+            raise NotImplementedError(
+                f"backend {backend!r} cannot run {request.pattern!r}: {reason}; "
+                f"backend='auto' would take another where there is one"
+            )
+    names = ", ".join(repr(candidate.name) for candidate in BACKENDS)
+    raise ValueError(f"unknown backend {backend!r}; give 'auto' or one of {names}")
+
+
+def make_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    token_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> Request:
+    """The inputs of `attend`, checked, with zeros in padded rows. Raises ValueError."""
+    _check_tensors(q, k, v)
+    batch, heads, queries, width = q.shape
+    tokens = k.shape[2]
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a longspan.attention Pattern, such as SlidingWindow(64, 64); got {pattern!r}")
+    pattern.check_fits(batch, heads, tokens, q.device)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is the fraction of probabilities to drop, 0 <= dropout < 1; got {dropout}")
+    if token_mask is not None:
+        _check_index("token_mask", token_mask, torch.bool, [(batch, tokens)], q.device)
+        keys = token_mask[:, None, :, None]
+        k, v = k.masked_fill(~keys, 0), v.masked_fill(~keys, 0)
+    if query_positions is not None:
+        _check_index("query_positions", query_positions, torch.long, [(queries,), (batch, queries)], q.device)
+    elif queries != tokens:
+        raise ValueError(
+            f"q has {queries} rows but k has {tokens}; give query_positions, Long[{queries}] or "
+            f"Long[{batch}, {queries}], to say where the rows of q stand"
+        )
+    padded = _padded_queries(token_mask, query_positions)
+    if padded is not None:
+        q = q.masked_fill(padded[:, None, :, None], 0)
+    return Request(
+        q=q,
+        k=k,
+        v=v,
+        pattern=pattern,
+        token_mask=token_mask,
+        query_positions=query_positions,
+        scale=width**-0.5 if scale is None else scale,
+        dropout=dropout,
+        return_lse=return_lse,
+    )
+
+
+def _padded_queries(token_mask: Tensor | None, query_positions: Tensor | None) -> Tensor | None:
+    """Bool[B, M]: rows of q that stand on padding."""
+    if token_mask is None:
+        return None
+    if query_positions is None:
+        return ~token_mask
+    if query_positions.ndim == 1:
+        return ~token_mask[:, query_positions]
+    return ~token_mask.gather(1, query_positions)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q must be [B, H, M, D] and k, v [B, H, N, D]; got {shapes}")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must share B, H and D, and k and v also N; got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q, k and v must not be empty; got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
+
+
+def _check_index(
+    name: str, index: Tensor, dtype: torch.dtype, shapes: list[tuple[int, ...]], device: torch.device
+) -> None:
+    if index.dtype != dtype or tuple(index.shape) not in shapes or index.device != device:
+        allowed = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(
+            f"{name} must be {dtype} {allowed} on {device}; got {index.dtype} {list(index.shape)} on {index.device}"
+        )

@@ -1,0 +1,134 @@
+"""`longspan answer`: the passages of documents that answer a question."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from longspan.inference.documents import Document
+    from longspan.inference.reader import Answer, Passage
+
+CONTEXT_CHARS = 200  # shown on either side of a passage
+LONGEST_SHOWN = 4000  # characters of a passage; words of a file without spaces have no bound
+
+
+def answer(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
+    documents: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DOCUMENT",
+            help="Text, Markdown or HTML files, or - for standard input. Without any: Python's language reference.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub name of a question-answering checkpoint. Default: longspan's own reader."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many passages to print.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    encoding: Annotated[
+        str | None, typer.Option(help="Text encoding of the documents. Default: UTF-8, or what an HTML page declares.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+) -> None:
+    """Print the passages of the documents that answer the question, best first."""
+    from longspan.inference.documents import default_document, read_document
+
+    texts = [read_document(path, encoding=encoding) for path in documents or ()] or [default_document()]
+    found = _read(question, texts, model=model, top=top, threads=threads)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        _print_answer(found, texts)
+
+
+def _read(question: str, documents: list[Document], *, model: str | None, top: int, threads: int | None) -> Answer:
+    """Loads the reader and reads, with a progress bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    stderr = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as bar:
+        task = bar.add_task("Loading", total=None)
+        import torch
+        from transformers.utils import logging
+
+        from longspan.inference.reader import Reader
+
+        logging.set_verbosity_error()  # a loading report is noise beside an answer; what matters is raised
+        logging.disable_progress_bar()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        reader = Reader(model)
+        bar.update(task, description="Reading")
+        return reader.answer(
+            question, documents, top=top, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+
+
+def _print_answer(found: Answer, documents: list[Document]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    if found.answer is not None:
+        console.print(
+            Text(f"{_printable(' '.join(found.answer.split()))}  ({found.answer_probability:.1%})\n", style="bold")
+        )
+    texts = {document.name: document.text for document in documents}
+    for rank, passage in enumerate(found.passages, start=1):
+        console.print(
+            Text.assemble(
+                f"{rank}. ", (_printable(passage.document), "bold"), f", line {passage.line:,}  ({passage.score:.1%})"
+            )
+        )
+        in_context = _in_context(texts[passage.document], passage, found.answer, marks=not console.color_system)
+        for line in in_context.wrap(console, console.width - 3):
+            line.rstrip()
+            console.print("  ", line)
+        console.print()
+    speed = found.tokens / found.seconds
+    console.print(
+        f"{found.tokens:,} tokens in {found.seconds:.1f} s ({speed:,.0f} tokens/s), {found.model}", style="dim"
+    )
+
+
+def _in_context(text: str, passage: Passage, answer: str | None, *, marks: bool) -> Text:
+    """The passage highlighted between what stands before and after it. marks: by [[ and ]], for want of colors."""
+    from rich.text import Text
+
+    before = text[max(0, passage.start_char - CONTEXT_CHARS) : passage.start_char]
+    after = text[passage.end_char : passage.end_char + CONTEXT_CHARS]
+    if len(before) == CONTEXT_CHARS:  # begin and end with a whole word
+        before = "..." + re.sub(r"^\S*", "", before)
+    if len(after) == CONTEXT_CHARS:
+        after = re.sub(r"\S*$", "", after) + "..."
+    shown = Text(_printable(passage.text[:LONGEST_SHOWN]), style="bold")
+    if answer is not None:
+        shown.highlight_words([_printable(answer)], style="reverse")
+    opening, closing = ("[[", "]]") if marks else ("", "")
+    return Text.assemble(
+        (_printable(before).lstrip("\n"), "dim"), opening, shown, closing, (_printable(after).rstrip(), "dim")
+    )
+
+
+def _printable(text: str) -> str:
+    """The text without control characters, which a document could use to command the terminal; as long as before."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", text)

@@ -1,0 +1,175 @@
+"""The main job: a question and documents of any length in, the passages that answer it out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+
+from longspan.errors import CheckpointError, QuestionError
+from longspan.inference.documents import Document
+from longspan.inference.evidence import EvidenceFinder
+from longspan.inference.extractive import SpanFinder
+from longspan.inference.windows import select_disjoint
+from longspan.models.evidence import LongspanForEvidence
+from longspan.models.heads import LongspanForQuestionAnswering
+
+BUILT_IN = Path(__file__).parents[1] / "data" / "reader"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A piece of a document. The range counts characters of the document's text as it was read, the line from 1."""
+
+    document: str
+    start_char: int
+    end_char: int
+    line: int
+    score: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What `Reader.answer` found.
+
+    answer: the answer's text from an extractive question-answering model, None from the evidence reader.
+    answer_probability: of that answer or, where there is none, of the best passage. passages: best first, scored with
+    their probability. tokens: how many the documents have. seconds: reading time, without loading the model.
+    """
+
+    question: str
+    answer: str | None
+    answer_probability: float
+    passages: tuple[Passage, ...]
+    tokens: int
+    seconds: float
+    model: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passages": [asdict(passage) for passage in self.passages]}
+
+
+class Reader:
+    """Answers questions from long documents.
+
+    model: the directory or hub name of an extractive question-answering checkpoint or of an evidence reader; None is
+    the evidence reader that comes with longspan. Raises CheckpointError where none can be made of it.
+    """
+
+    def __init__(
+        self, model: str | Path | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        self.name = "longspan reader" if model is None else str(model)
+        self._finder = _load(str(BUILT_IN if model is None else model), torch.device(device), dtype)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        question: str,
+        documents: Sequence[Document | str] | Document | str,
+        *,
+        top: int = 3,
+        passage_words: int = 100,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Answer:
+        """The `top` passages of about `passage_words` words that answer `question`; no two overlap.
+
+        documents: texts of any length; plain strings are named "document 1" and so on. progress: called with the number
+        of tokens read and to read. Raises QuestionError, DocumentError and NotFiniteError.
+        """
+        if not question.strip():
+            raise QuestionError("the question is empty; ask in one sentence, for example: who wrote the report?")
+        if top < 1 or passage_words < 1:
+            raise ValueError(f"top and passage_words must be at least 1; got top={top}, passage_words={passage_words}.")
+        if isinstance(documents, (str, Document)):
+            documents = [documents]
+        if not documents:
+            raise ValueError("there are no documents to read; give at least one.")
+        documents = [
+            Document(f"document {number}", document) if isinstance(document, str) else document
+            for number, document in enumerate(documents, start=1)
+        ]
+
+        start = time.perf_counter()
+        texts = [document.text for document in documents]
+        found = self._finder.candidates(question, texts, passage_words=passage_words, progress=progress)
+        best = select_disjoint(found.words, found.probability, top)
+        passages = []
+        for number in best:
+            document, (start_char, end_char) = documents[found.document[number]], found.chars[number].tolist()
+            passages.append(
+                Passage(
+                    document=document.name,
+                    start_char=start_char,
+                    end_char=end_char,
+                    line=document.text.count("\n", 0, start_char) + 1,
+                    score=float(found.probability[number]),
+                    text=document.text[start_char:end_char],
+                )
+            )
+        return Answer(
+            question=question,
+            answer=found.answer,
+            answer_probability=passages[0].score,
+            passages=tuple(passages),
+            tokens=found.tokens,
+            seconds=time.perf_counter() - start,
+            model=self.name,
+        )
+
+
+def _load(model: str, device: torch.device, dtype: torch.dtype) -> EvidenceFinder | SpanFinder:
+    """The finder for a checkpoint, on longspan's encoder where that can compute the model, else on transformers'."""
+    _check_directory(model)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if "LongspanForEvidence" in (config.architectures or ()):
+            finder = EvidenceFinder
+            network, report = LongspanForEvidence.from_pretrained(model, **options)
+        else:
+            finder = SpanFinder
+            try:
+                network, report = LongspanForQuestionAnswering.from_pretrained(model, **options)
+            except NotImplementedError:
+                network, report = AutoModelForQuestionAnswering.from_pretrained(model, **options)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers and safetensors raise Exception itself for a damaged file
+        raise CheckpointError(f"cannot load model {model}: {str(error).strip().splitlines()[0]}") from error
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"model {model} is a {' or '.join(config.architectures or ['model'])}, not a reader: it has no "
+            f"{', '.join(sorted(report['missing_keys'])[:2])}; give a question-answering checkpoint."
+        )
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"model {model} has only a slow tokenizer, which cannot say where a token stands.")
+    return finder(network.to(device).eval(), tokenizer)
+
+
+def _check_directory(model: str) -> None:
+    """Names what a local model directory lacks; a hub name passes."""
+    path = Path(model)
+    if not path.is_dir():
+        if path.exists() or path.is_absolute() or model.startswith("."):
+            raise CheckpointError(f"model {model} is not a directory; give a model directory or a hub name.")
+        return
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"model directory {model} has no config.json; give a directory that save_pretrained wrote."
+        )
+    if any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.ckpt")):
+        raise CheckpointError(
+            f"model directory {model} holds its weights only as a pickle, which can run any code when it is loaded; "
+            "convert it to safetensors with a tool that you trust, for example save_pretrained of transformers."
+        )
+    raise CheckpointError(f"model directory {model} has no weights; it needs a model.safetensors.")

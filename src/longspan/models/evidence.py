@@ -1,0 +1,211 @@
+"""LongspanForEvidence: which passage of a document of any length answers a question.
+
+One row is [CLS] question [SEP] document; the question's tokens are global, so every document token reads the question and the question reads
+the whole document, at linear cost. A passage is scored by the mean of its token vectors against the question encoded alone.
+
+Shapes: B batch, N tokens, C model width, Q question tokens, M passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from longspan.attention import Pattern
+from longspan.models.config import LongspanConfig
+from longspan.models.model import LongspanModel, LongspanPreTrainedModel
+
+COSINE_SCALE = 20.0  # sentence-transformers' training temperature of all-MiniLM-L6-v2, so step 0 is that retriever
+SENTENCE_WEIGHT = 0.5
+SPANS_AT_ONCE = 2048
+ONE_PASS = 262_144  # tokens; at most some 5 GiB in bf16 for six layers of width 384
+
+
+@dataclass
+class EvidenceOutput(ModelOutput):
+    """loss: scalar, where labels came. window_scores [B, M]; -inf at padded windows."""
+
+    loss: Tensor | None = None
+    window_scores: Tensor | None = None
+
+
+class SpanScorer(nn.Module):
+    """Score of a span: 20 * alpha * cos(m, q) + MLP([m, m * q]), m its mean vector and q the question's.
+
+    The MLP's last layer starts at zero, so an untrained scorer is a cosine retriever.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(()))
+        self.inner = nn.Linear(2 * width, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, means: Tensor, question: Tensor) -> Tensor:
+        """means [B, M, C], question [B, C] -> [B, M], fp32."""
+        with torch.autocast(means.device.type, enabled=False):
+            means, question = F.normalize(means.float(), dim=-1), F.normalize(question.float(), dim=-1)[:, None]
+            cosine = (means * question).sum(-1)
+            scale = means.shape[-1] ** 0.5
+            features = torch.cat((means * scale, means * question * scale**2), -1) * 0.25  # of the order of 1
+            return COSINE_SCALE * self.alpha * cosine + self.out(F.gelu(self.inner(features)))[..., 0]
+
+
+class LongspanForEvidence(LongspanPreTrainedModel):
+    """A long encoder that scores passages of a document against a question."""
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config)
+        self.longspan = LongspanModel(config)
+        self.window_scorer = SpanScorer(config.hidden_size)
+        self.sentence_scorer = SpanScorer(config.hidden_size)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SpanScorer):
+            nn.init.ones_(module.alpha)
+            nn.init.zeros_(module.out.weight)
+            nn.init.zeros_(module.out.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_mask: Tensor,
+        question_lengths: Tensor,
+        windows: Tensor,
+        window_mask: Tensor,
+        window_labels: Tensor | None = None,
+        sentences: Tensor | None = None,
+        sentence_mask: Tensor | None = None,
+        sentence_labels: Tensor | None = None,
+        position_offsets: Tensor | None = None,
+    ) -> EvidenceOutput:
+        """Scores of the windows of a batch of rows, and the loss where labels come.
+
+        input_ids Long[B, N]; token_mask Bool[B, N]; question_lengths Long[B], special tokens included. windows Long[B, M, 2] are token
+        ranges of the row, window_mask and window_labels Bool[B, M]; sentences likewise. position_offsets Long[B] shift the document's
+        positions: they repeat, so training at random offsets makes the model indifferent to where a text begins.
+        """
+        document, question = self.encode(input_ids, token_mask, question_lengths, position_offsets)
+        scores = self.window_scorer(span_means(document, windows), question).masked_fill(~window_mask, -torch.inf)
+        if window_labels is None:
+            return EvidenceOutput(window_scores=scores)
+        loss = evidence_loss(scores, window_labels)
+        if sentences is not None:
+            sentence_scores = self.sentence_scorer(span_means(document, sentences), question)
+            sentence_scores = sentence_scores.masked_fill(~sentence_mask, -torch.inf)
+            loss = loss + SENTENCE_WEIGHT * evidence_loss(sentence_scores, sentence_labels)
+        return EvidenceOutput(loss=loss, window_scores=scores)
+
+    def encode(
+        self, input_ids: Tensor, token_mask: Tensor, question_lengths: Tensor, position_offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(token vectors [B, N, C], question vectors [B, C]): the rows, and the questions on their own."""
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        is_question = index < question_lengths[:, None]
+        position_ids = index
+        if position_offsets is not None:
+            position_ids = index + torch.where(is_question, 0, position_offsets[:, None])
+        document = self._encode(input_ids, token_mask, is_question, position_ids)
+        longest = int(question_lengths.max())
+        alone = is_question[:, :longest]
+        vectors = self._encode(input_ids[:, :longest], alone, None, index[:, :longest]).float()
+        question = (vectors * alone[..., None]).sum(1) / question_lengths[:, None]
+        return document, question
+
+    @torch.inference_mode()
+    def score_windows(
+        self,
+        question_ids: Tensor,
+        document_ids: Tensor,
+        spans: Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Scores of passages of a document of any length: fp32 [M].
+
+        question_ids Long[Q], special tokens included. document_ids Long[N], none. spans Long[M, 2]: token ranges of the document, not
+        empty. progress is called with (tokens read, tokens in all).
+
+        A document of up to ONE_PASS tokens is one pass. A longer one is read in parts with as many tokens on both sides as the
+        layers can see, so that local attention is that of one pass; the question then reads each part for itself.
+        """
+        if not len(spans):
+            return torch.zeros(0)
+        total = len(document_ids)
+        halo = sum(self._reach(block.pattern) for block in self.longspan.encoder.config.blocks)
+        states, question = [], None
+        for start in range(0, total, ONE_PASS):
+            first, last = max(0, start - halo), min(total, start + ONE_PASS + halo)
+            row = torch.cat((question_ids, document_ids[first:last]))[None]
+            offsets = torch.tensor([first], device=row.device)
+            lengths = torch.tensor([len(question_ids)], device=row.device)
+            with self._reporting(progress, start, min(total, start + ONE_PASS), total):
+                read, question = self.encode(row, torch.ones_like(row, dtype=torch.bool), lengths, offsets)
+            place = len(question_ids) + start - first
+            states.append(read[:, place : place + min(ONE_PASS, total - start)])
+        document = states[0] if len(states) == 1 else torch.cat(states, 1)
+        scores = []
+        for part in spans.split(SPANS_AT_ONCE):  # neighbors: sums over a few thousand tokens, precise at any length
+            low, high = int(part.min()), int(part.max())
+            scores.append(self.window_scorer(span_means(document[:, low:high], (part - low)[None]), question)[0])
+        return torch.cat(scores)
+
+    @contextmanager
+    def _reporting(self, progress: Callable[[int, int], None] | None, start: int, end: int, total: int):
+        """Calls `progress` after every layer, as if each read its share of the tokens."""
+        if progress is None:
+            yield
+            return
+        blocks = self.longspan.encoder.blocks
+        hooks = [
+            block.register_forward_hook(
+                lambda *_, share=number / len(blocks): progress(start + round(share * (end - start)), total)
+            )
+            for number, block in enumerate(blocks, 1)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @staticmethod
+    def _reach(pattern: Pattern) -> int:
+        reach = pattern.reach()
+        return ONE_PASS if reach is None else max(reach.before, reach.after)
+
+    def _encode(self, input_ids, token_mask, global_mask, position_ids) -> Tensor:
+        x = self.longspan.embeddings(input_ids, position_ids=position_ids)
+        if torch.is_autocast_enabled(x.device.type):  # a residual stream in fp32 would double the traffic of every layer
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.longspan.encoder(x, token_mask, global_mask, position_ids=position_ids)
+
+
+def span_means(hidden: Tensor, spans: Tensor) -> Tensor:
+    """Mean vector of each span: hidden [B, N, C], spans Long[B, M, 2] (start, end exclusive) -> [B, M, C], fp32.
+
+    Differences of running sums: linear in N whatever the spans' overlap. The mean over all tokens is taken out first, so that the sums
+    stay small beside their differences.
+    """
+    hidden = hidden.float()
+    center = hidden.mean(1, keepdim=True).detach()
+    sums = F.pad((hidden - center).cumsum(1), (0, 0, 1, 0))
+    starts, ends = spans[..., :1], spans[..., 1:]
+    width = hidden.shape[-1]
+    totals = sums.gather(1, ends.expand(-1, -1, width)) - sums.gather(1, starts.expand(-1, -1, width))
+    return totals / (ends - starts) + center
+
+
+def evidence_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """-log of the softmax mass on the labelled spans, mean over the rows that have any. scores, labels [B, M]."""
+    has_evidence = labels.any(1)
+    mass = torch.where(labels, scores, -torch.inf)[has_evidence].logsumexp(1)
+    return (scores[has_evidence].logsumexp(1) - mass).sum() / has_evidence.sum().clamp(min=1)

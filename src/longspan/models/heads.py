@@ -1,0 +1,260 @@
+"""The heads: masked language model, sequence and token classification, question answering, multiple choice.
+
+A head is described by its `HeadConfig`, so that one class serves every family.
+
+Shapes: B batch, N tokens, C model width, L labels, K choices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from longspan.models.config import LongspanConfig
+from longspan.models.model import Head, LongspanModel, LongspanPreTrainedModel, first_tokens
+
+logger = logging.get_logger(__name__)
+
+
+class _TaskModel(LongspanPreTrainedModel):
+    """Base model -> pooling -> `Head` -> classifier. A task adds its output and its loss."""
+
+    task: ClassVar[str]
+    output_class: ClassVar[Any]
+    accepts_loss_kwargs = True  # so that Trainer tells num_items_in_batch and accumulated tokens weigh alike
+
+    def __init__(self, config: LongspanConfig, outputs: int | None = None):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        outputs = self.num_labels if outputs is None else outputs
+        self.described = config.head_config(self.task)
+        self.longspan = LongspanModel(config, add_pooling_layer=self.described.pooling == "pooler")
+        self.head = Head(self.described, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, outputs or 0, bias=self.described.output_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Logits [B, N, L] or, where the head pools, [B, L]; the loss where labels come.
+
+        attention_mask, global_attention_mask: [B, N], nonzero = token, nonzero = global token; a head may choose the
+        global tokens itself (`HeadConfig.global_tokens`) when the caller names none.
+        num_items_in_batch: what to divide the summed loss by, the number of labels of this batch by default.
+        """
+        logits, states = self.read(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states,
+            output_attentions,
+        )
+        loss = None if labels is None else self.loss(logits, labels, num_items_in_batch)
+        return self.output_class(loss=loss, logits=logits, hidden_states=states)
+
+    def read(
+        self, input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids, inputs_embeds, *asked
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """(logits, hidden states or None). asked: output_hidden_states, output_attentions."""
+        token_mask = None if attention_mask is None else attention_mask.bool()
+        if global_attention_mask is None and self.described.global_tokens is not None:
+            global_attention_mask = self.choose_global_tokens(input_ids, inputs_embeds, token_mask)
+        outputs = self.longspan(
+            *(input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids, inputs_embeds, *asked),
+            return_dict=True,
+        )
+        x = outputs.last_hidden_state  # [B, N, C]
+        if self.described.pooling == "pooler":
+            x = outputs.pooler_output  # [B, C]
+        elif self.described.pooling == "first":
+            x = first_tokens(x, token_mask)
+        elif self.described.pooling == "mean":
+            x = _mean_of_tokens(x, token_mask)
+        return self.classifier(self.head(x)), outputs.hidden_states
+
+    def choose_global_tokens(self, input_ids, inputs_embeds, token_mask) -> Tensor | None:
+        """Bool[B, N]: the tokens that this task lets see everything, as Hugging Face's Longformer heads choose them."""
+        like = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        index = torch.arange(like.shape[1], device=like.device)
+        if self.described.global_tokens == "first":
+            first = torch.zeros(len(like), dtype=torch.long, device=like.device)
+            return index == (first if token_mask is None else token_mask.int().argmax(1))[:, None]
+        if input_ids is None:
+            logger.warning_once(
+                "inputs_embeds shows no separators, so no token gets global attention: pass global_attention_mask"
+            )
+            return None
+        first, is_separator = _first_separators(input_ids, self.config.sep_token_id)
+        if self.described.global_tokens == "before_separator":
+            return index < first
+        return (index > first) & ~((index == first + 1) & is_separator)  # RoBERTa puts two separators in between
+
+    def loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Cross entropy over the last axis, in fp32 or wider; a label of -100 counts for nothing."""
+        logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+        labels = labels.flatten().to(logits.device)
+        if num_items_in_batch is None:
+            return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+class LongspanForMaskedLM(_TaskModel):
+    """Logits over the vocabulary for every token; the last layer shares the word embeddings."""
+
+    task = "masked_lm"
+    output_class = MaskedLMOutput
+    _tied_weights_keys: ClassVar = {"classifier.weight": "longspan.embeddings.word.weight"}
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config, config.vocab_size)
+
+    def get_output_embeddings(self):
+        return self.classifier
+
+    def set_output_embeddings(self, new_embeddings):
+        self.classifier = new_embeddings
+
+
+class LongspanForSequenceClassification(_TaskModel):
+    """Logits [B, L] for whole rows. `config.problem_type` says regression, one label or several; None guesses."""
+
+    task = "sequence_classification"
+    output_class = SequenceClassifierOutput
+
+    def loss(self, logits, labels, num_items_in_batch):
+        loss = self.loss_function(
+            labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
+        )
+        if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
+            loss = loss * (labels.numel() / num_items_in_batch)  # transformers means these two over this batch alone
+        return loss
+
+
+class LongspanForTokenClassification(_TaskModel):
+    """Logits [B, N, L], one set of labels for every token."""
+
+    task = "token_classification"
+    output_class = TokenClassifierOutput
+
+
+class LongspanForQuestionAnswering(_TaskModel):
+    """Logits of an answer's first and last token, [B, N] each."""
+
+    task = "question_answering"
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> Any:
+        """start_positions, end_positions: Long[B]; those outside the row are left out of the loss."""
+        logits, states = self.read(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states,
+            output_attentions,
+        )
+        start, end = (part.contiguous() for part in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, hidden_states=states)
+
+
+class LongspanForMultipleChoice(_TaskModel):
+    """Logits [B, K], one for each choice; the inputs are [B, K, N]."""
+
+    task = "multiple_choice"
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config, 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """labels: Long[B], the number of the right choice. hidden_states come as [B * K, N, C]."""
+        inputs = (input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids, inputs_embeds)
+        rows = (None if given is None else given.flatten(0, 1) for given in inputs)
+        logits, states = self.read(*rows, output_hidden_states, output_attentions)
+        choices = next(given.shape[1] for given in (input_ids, inputs_embeds) if given is not None)
+        logits = logits.view(-1, choices)
+        loss = None if labels is None else self.loss(logits, labels, num_items_in_batch)
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=states)
+
+
+def _mean_of_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """x [B, N, C] -> [B, C], without what stands in padding."""
+    if token_mask is None:
+        return x.mean(1)
+    tokens = x.masked_fill(~token_mask[..., None], 0)
+    return tokens.sum(1) / token_mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _first_separators(input_ids: Tensor, separator: int | None) -> tuple[Tensor, Tensor]:
+    """(place of each row's first separator Long[B, 1], all separators Bool[B, N]). ValueError for a row without one."""
+    if separator is None:
+        raise ValueError(
+            "config.sep_token_id is None, so the global tokens cannot be told: set it, or pass global_attention_mask"
+        )
+    is_separator = input_ids == separator
+    if not torch.compiler.is_compiling():
+        lacking = (~is_separator.any(1)).nonzero()[:, 0].tolist()
+        if lacking:
+            raise ValueError(
+                f"rows {lacking} hold no separator token (id {separator}), so where the question ends cannot be told: "
+                f"separate question and text, or pass global_attention_mask"
+            )
+    return is_separator.int().argmax(1, keepdim=True), is_separator

@@ -1,0 +1,195 @@
+"""LongspanModel: embeddings and encoder as a transformers model, the base of every head.
+
+Shapes: B batch, N tokens, C model width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from longspan.models.checkpoints import family_of, from_hugging_face, mismatch, translate_config
+from longspan.models.config import HeadConfig, LongspanConfig
+from longspan.models.embeddings import Embeddings
+from longspan.models.encoder import Encoder, activation
+
+# Whose weights a model of ours starts from, by the task of its head.
+AUTO_CLASSES: dict[str | None, Any] = {
+    None: AutoModel,
+    "masked_lm": AutoModelForMaskedLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "multiple_choice": AutoModelForMultipleChoice,
+}
+
+
+class LongspanPreTrainedModel(PreTrainedModel):
+    """What the base model and the heads share: loading, saving and initialization.
+
+    task: whose head of a Hugging Face checkpoint the class reads, a key of AUTO_CLASSES; None reads the base model.
+    """
+
+    config: LongspanConfig
+    config_class = LongspanConfig
+    base_model_prefix = "longspan"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["Embeddings", "Block"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"^(longspan\.)?pooler\."
+    ]  # a head that does not pool leaves it unread
+    task: ClassVar[str | None] = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """The model in a directory or on the hub: one of ours, or a BERT, RoBERTa, DistilBERT, Longformer or ModernBERT
+        checkpoint, which is translated while it loads.
+
+        Takes transformers' arguments: dtype, revision, num_labels, id2label, cache_dir, local_files_only, token, ...
+        Weights that the checkpoint lacks, such as those of a new head, are drawn anew, with transformers' warning.
+        Reads safetensors only, unless use_safetensors=False.
+        Raises OSError where there is no model or no weights, NotImplementedError for another family or for an option
+        that longspan does not compute, ValueError for weights that do not fit.
+        """
+        name = pretrained_model_name_or_path
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            if name is None or isinstance(config, LongspanConfig) or _model_type(config or name, kwargs) == "longspan":
+                return super().from_pretrained(name, *model_args, config=config, **kwargs)
+            wants_info = kwargs.pop("output_loading_info", False)
+            given = kwargs if config is None else kwargs | {"config": config}
+            theirs, info = AUTO_CLASSES[cls.task].from_pretrained(name, output_loading_info=True, **given)
+        except OSError as error:
+            raise OSError(_explain(error, name)) from error
+        config = translate_config(theirs.config)
+        weights = from_hugging_face(theirs.state_dict(), config, cls.task)
+        loaded: Any = super().from_pretrained(
+            None, config=config, state_dict=weights, dtype=theirs.dtype, output_loading_info=True
+        )
+        model, fit = loaded
+        has_own_head = cls.task is None and not issubclass(cls, LongspanModel)
+        missing = [key for key in fit["missing_keys"] if key.startswith("longspan.") or not has_own_head]
+        if missing or fit["unexpected_keys"]:
+            summary = f"the weights of {name} do not fill a {cls.__name__}"
+            raise ValueError(mismatch(summary, fit["unexpected_keys"], missing))
+        model.name_or_path = model.config.name_or_path = str(name)
+        return (model, info) if wants_info else model
+
+
+class Head(nn.Module):
+    """The layers that a `HeadConfig` puts before a task's last linear layer: x [..., C] -> [..., C]."""
+
+    def __init__(self, config: HeadConfig, width: int):
+        super().__init__()
+        self.input_drop, self.drop = nn.Dropout(config.input_dropout), nn.Dropout(config.dropout)
+        self.dense = self.activation = self.norm = nn.Identity()
+        if config.activation is not None:
+            self.dense = nn.Linear(width, width, bias=config.dense_bias)
+            self.activation = activation(config.activation)
+        if config.activation is not None and config.norm_eps is not None:
+            self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(self.activation(self.dense(self.input_drop(x)))))
+
+
+class LongspanModel(LongspanPreTrainedModel):
+    """Token ids -> a vector for every token, any length that the position table allows."""
+
+    def __init__(self, config: LongspanConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = Embeddings(config.embeddings_config)
+        self.encoder = Encoder(config.encoder_config)
+        self.pooler = None
+        if config.pooler and add_pooling_layer:
+            self.pooler = Head(HeadConfig(activation="tanh"), config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word
+
+    def set_input_embeddings(self, value: Any):
+        self.embeddings.word = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """attention_mask and global_attention_mask: [B, N], nonzero = token, nonzero = global token.
+
+        output_attentions raises NotImplementedError: no backend holds an N x N matrix.
+        """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise NotImplementedError(
+                "output_attentions=True asks for N x N attention probabilities, which longspan never forms; "
+                "leave it out, or read them from the Hugging Face model on a short text"
+            )
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        token_mask = None if attention_mask is None else attention_mask.bool()
+        global_mask = None if global_attention_mask is None else global_attention_mask.bool()
+        states = None
+        if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
+            states = self.encoder.hidden_states(x, token_mask, global_mask, position_ids=position_ids)
+            x = states[-1]
+        else:
+            x = self.encoder(x, token_mask, global_mask, position_ids=position_ids)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x,
+            pooler_output=None if self.pooler is None else self.pooler(first_tokens(x, token_mask)),
+            hidden_states=states,
+        )
+
+
+def first_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """The vector of each row's first token, [B, C], also where padding stands before it."""
+    if token_mask is None:
+        return x[:, 0]
+    return x[torch.arange(len(x), device=x.device), token_mask.int().argmax(1)]
+
+
+def _model_type(source: Any, kwargs: dict[str, Any]) -> str:
+    """The model_type of a configuration, directory or hub name. Raises OSError, ValueError, NotImplementedError."""
+    if isinstance(source, PreTrainedConfig):
+        return source.model_type
+    fields, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+    model_type = fields.get("model_type")
+    if not model_type:
+        raise ValueError(f'the config.json of {source} has no "model_type"; longspan cannot tell which family it is')
+    if model_type != "longspan":
+        family_of(model_type)
+    return model_type
+
+
+def _explain(error: OSError, name: Any) -> str:
+    """transformers' message, with what to do about a checkpoint that holds no safetensors."""
+    folder = Path(str(name))
+    if "safetensors" not in str(error) or (folder.is_dir() and not list(folder.glob("*.bin"))):
+        return str(error)
+    return (
+        f"{error} Its weights seem to be pickled, and unpickling can run code. If you trust them, convert them once: "
+        f"AutoModel.from_pretrained({str(name)!r}, use_safetensors=False).save_pretrained(NEW_DIRECTORY), with the "
+        f"Auto class of the task whose head you need"
+    )

@@ -1,0 +1,284 @@
+"""Training of the evidence reader on transformers.Trainer: from a 512-token encoder to a scorer of passages in documents of any length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from longspan.models.evidence import LongspanForEvidence
+from longspan.training.evidence_rows import (
+    Array,
+    Articles,
+    EvidenceRow,
+    load_articles,
+    load_rows,
+    load_xquad_rows,
+)
+from longspan.training.packing import PackedRow, batch_rows, invent_question, pack_row
+from longspan.training.reading import LONGEST_QUESTION, held_out_hits, tokenize_question
+
+# Share of the rows from each source at the first and at the last step. There are few questions of the kind that the reader is for, so the
+# plentiful others teach first.
+MIXTURE = {
+    "boolq_articles": (0.40, 0.65),
+    "invented": (0.25, 0.13),
+    "fever": (0.17, 0.10),
+    "multirc": (0.08, 0.05),
+    "xquad": (0.10, 0.07),
+}
+LATE_COPIES = {"boolq_articles": 2}  # a question whose evidence stands past word 380 comes twice an epoch
+MASKED_FRACTION = 0.1  # of the document tokens, against learning the few articles by heart
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderTraining:
+    """Everything that decides a training run of the reader.
+
+    base: directory or hub name of a BERT-like sentence encoder. data: folder with boolq_articles, fever, multirc and xquad.
+    output: receives the token cache, the checkpoints and at last the model; a run that finds checkpoints there goes on from the newest.
+    batch: rows a step, each of tokens_per_row tokens. scorer_rate: multiple of learning_rate for the scorers.
+    held_out: training questions kept for model selection and calibration, whole articles at a time; monitored of them are read
+    every evaluate_steps. threads: None leaves torch's setting.
+    """
+
+    base: str
+    data: str
+    output: str
+    steps: int = 1500
+    batch: int = 8
+    tokens_per_row: int = 1024
+    learning_rate: float = 1e-4
+    scorer_rate: float = 5.0
+    warmup_steps: int = 40
+    held_out: int = 250
+    monitored: int = 100
+    evaluate_steps: int = 400
+    save_steps: int = 50
+    log_steps: int = 20
+    bf16: bool = True
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "held_out", "evaluate_steps", "save_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.tokens_per_row < 4 * LONGEST_QUESTION:
+            raise ValueError(f"tokens_per_row must be at least {4 * LONGEST_QUESTION}; got {self.tokens_per_row}")
+
+
+class TrainingRows(torch.utils.data.Dataset):
+    """Row i of a run: a question and a packed document, a pure function of (seed, i), so that a resumed run sees the same rows."""
+
+    def __init__(
+        self,
+        articles: Articles,
+        rows: dict[str, list[EvidenceRow]],
+        allowed: Array,
+        tokenizer: Any,
+        config: ReaderTraining,
+    ):
+        self.articles, self.rows, self.allowed, self.tokenizer, self.config = articles, rows, allowed, tokenizer, config
+        self.inventive = np.array([i for i in allowed if articles.names[i].startswith("boolq_articles/")])
+        sources = [source for source in MIXTURE if source == "invented" or rows.get(source)]
+        size = config.steps * config.batch
+        rng = np.random.default_rng((config.seed, size))
+        shares = np.array([MIXTURE[source] for source in sources])
+        progress = np.linspace(0, 1, size)[:, None]
+        shares = shares[None, :, 0] * (1 - progress) + shares[None, :, 1] * progress
+        cumulative = np.cumsum(shares / shares.sum(1, keepdims=True), 1)
+        chosen = (rng.random(size)[:, None] > cumulative).sum(1).clip(max=len(sources) - 1)
+        self.source = [sources[number] for number in chosen]
+        self.choice = np.zeros(size, np.int64)
+        for number, source in enumerate(sources):
+            mine = np.nonzero(chosen == number)[0]
+            if source == "invented":
+                continue
+            late = [i for i, row in enumerate(rows[source]) if row.starts_late]
+            epoch = np.array([*range(len(rows[source])), *late * (LATE_COPIES.get(source, 1) - 1)])
+            passes = [rng.permutation(epoch) for _ in range(-(-len(mine) // len(epoch)))]
+            self.choice[mine] = np.concatenate(passes)[: len(mine)] if passes else 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Array, PackedRow, int]:
+        """(question with its special tokens, packed row, position offset)."""
+        rng = np.random.default_rng((self.config.seed, index))
+        source = self.source[index]
+        if source == "invented":
+            made = None
+            while made is None:
+                article = int(rng.choice(self.inventive))
+                made = invent_question(self.articles, article, rng)
+            question, evidence = made
+        else:
+            row = self.rows[source][self.choice[index]]
+            article, question, evidence = row.article, row.question, row.evidence
+        question_ids = tokenize_question(self.tokenizer, question)
+        room = self.config.tokens_per_row - len(question_ids)
+        row = pack_row(self.articles, article, evidence, question_ids[1:-1], self.allowed, room, rng)
+        document = row.document_ids.astype(np.int64)
+        masked = rng.random(len(document)) < MASKED_FRACTION
+        if source == "invented":  # its words come from the text: hide some of them there, or matching words would do
+            masked |= np.isin(document, question_ids) & (rng.random(len(document)) < rng.uniform(0, 0.7))
+        document[masked] = self.tokenizer.mask_token_id
+        return question_ids, row._replace(document_ids=document), int(rng.integers(0, 512))
+
+
+class ReaderTrainer(Trainer):
+    """Trainer whose rows come in their own order, with hits and speed in its log and whole documents in its evaluation."""
+
+    def __init__(self, *, monitor: Callable[[], dict[str, float]], **kwargs):
+        super().__init__(**kwargs)
+        self.monitor = monitor
+        self.hits, self.rows_seen, self.tokens_seen, self.since = 0.0, 0, 0, time.perf_counter()
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        best = outputs.window_scores.detach().argmax(1, keepdim=True)
+        self.hits += float(inputs["window_labels"].gather(1, best).sum())
+        self.rows_seen += len(best)
+        self.tokens_seen += int(inputs["token_mask"].sum())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.rows_seen:
+            logs["top1"] = round(self.hits / self.rows_seen, 4)
+            logs["tokens_per_second"] = round(self.tokens_seen / (time.perf_counter() - self.since))
+            self.hits, self.rows_seen, self.tokens_seen, self.since = 0.0, 0, 0, time.perf_counter()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.monitor().items()}
+        self.log(metrics)
+        self.since = time.perf_counter()
+        return metrics
+
+
+def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | None = None) -> Path:
+    """Trains, or goes on with, the run that `config` describes; the directory of the finished model.
+
+    base_model: an untrained reader to start from in place of the converted `config.base`.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    output = Path(config.output)
+    tokenizer = AutoTokenizer.from_pretrained(config.base)
+    articles = load_articles(config.data, output / "cache", tokenizer)
+    rows, held_out, allowed = split_rows(config, articles)
+    model = untrained_reader(config.base) if base_model is None else base_model
+    for parameter in model.longspan.embeddings.parameters():
+        parameter.requires_grad_(False)
+    scorers = [*model.window_scorer.parameters(), *model.sentence_scorer.parameters()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(model.longspan.encoder.parameters()), "lr": config.learning_rate},
+            {"params": scorers, "lr": config.learning_rate * config.scorer_rate},
+        ],
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=True,
+    )
+    pad_id = tokenizer.pad_token_id
+
+    def collate(examples: list[tuple[Array, PackedRow, int]]) -> dict[str, Tensor]:
+        batch = batch_rows([(question, row) for question, row, _ in examples], pad_id)
+        batch["position_offsets"] = np.array([offset for _, _, offset in examples])
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def monitor() -> dict[str, float]:
+        return held_out_hits(model, articles, held_out[: config.monitored], tokenizer, bf16=config.bf16, fillers=allowed)
+
+    trainer = ReaderTrainer(
+        model=model,
+        monitor=monitor,
+        args=TrainingArguments(
+            output_dir=str(output),
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=config.warmup_steps,
+            max_grad_norm=1.0,
+            bf16=config.bf16,
+            logging_steps=config.log_steps,
+            eval_strategy="steps",
+            eval_steps=config.evaluate_steps,
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+            seed=config.seed,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=TrainingRows(articles, rows, allowed, tokenizer, config),
+        eval_dataset=held_out,
+        data_collator=collate,
+        optimizers=(optimizer, None),
+    )
+    trainer.train(resume_from_checkpoint=newest_checkpoint(output))
+    model.config.training = asdict(config) | {"base": Path(config.base).name, "data": None, "output": None}
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    return output / "model"
+
+
+def split_rows(
+    config: ReaderTraining, articles: Articles
+) -> tuple[dict[str, list[EvidenceRow]], list[EvidenceRow], Array]:
+    """(training rows by source, held-out rows, articles allowed in any role). No evaluation article, nor a copy of one, is among them."""
+    boolq = [row for row in load_rows(config.data, articles, "boolq_articles", "train") if _is_clean(row, articles)]
+    rng = np.random.default_rng(config.seed)
+    unseen: set[int] = set()
+    held_out: list[EvidenceRow] = []
+    by_article: dict[int, list[EvidenceRow]] = {}
+    for row in boolq:
+        by_article.setdefault(row.article, []).append(row)
+    for article in rng.permutation(sorted(by_article)):
+        if len(held_out) >= min(config.held_out, len(boolq) // 2):
+            break
+        unseen.add(int(article))
+        held_out += by_article[int(article)]
+    rows = {"boolq_articles": [row for row in boolq if row.article not in unseen], "xquad": []}
+    for source in ("fever", "multirc"):
+        rows[source] = [row for split in ("val", "test") for row in load_rows(config.data, articles, source, split)]
+    rows["xquad"] = load_xquad_rows(config.data, articles)
+    rows = {source: [row for row in kept if _is_clean(row, articles)] for source, kept in rows.items()}
+    allowed = np.array([i for i in np.nonzero(~articles.repeats_dev)[0] if int(i) not in unseen])
+    dev = {row.article for row in load_rows(config.data, articles, "boolq_articles", "dev")}
+    assert not dev & ({int(i) for i in allowed} | {row.article for kept in rows.values() for row in kept} | unseen)
+    return rows, held_out, allowed
+
+
+def untrained_reader(base: str) -> LongspanForEvidence:
+    """A reader from a 512-token encoder: a window of 128 tokens on each side, periodic positions, scorers that start as cosine."""
+    from longspan.models.convert import to_long
+
+    long = to_long(base, max_tokens=None, window=256)
+    model = LongspanForEvidence(long.config)
+    model.longspan.load_state_dict(long.state_dict())
+    return model
+
+
+def newest_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that is complete: the Trainer writes trainer_state.json last, and a killed run may leave a torso."""
+    done = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(done, key=lambda path: int(path.name.split("-")[1]))) if done else None
+
+
+def _is_clean(row: EvidenceRow, articles: Articles) -> bool:
+    return not articles.repeats_dev[row.article]

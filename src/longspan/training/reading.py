@@ -1,0 +1,116 @@
+"""Whole documents put to the reader: the hits it is judged by, in training on held-out questions and in evaluation on dev."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from longspan.inference.windows import candidate_windows, select_disjoint
+from longspan.training.evidence_rows import Array, Articles, EvidenceRow, interval_iou
+
+BURIED_WORDS = 6000
+HIT_IOU = 0.1
+LENGTH, STRIDE = 100, 10  # words of a candidate passage, words between two
+LONGEST_QUESTION = 48  # tokens
+Condition = Literal["as_is", "buried"]
+
+
+class Document(NamedTuple):
+    """What is read for a question. pieces: flat word ranges of the collection. token_ids [T]; first_token [W + 1]; evidence [G, 2] words."""
+
+    pieces: list[tuple[int, int]]
+    token_ids: Array
+    first_token: Array
+    evidence: Array
+
+
+def document_of(
+    articles: Articles, row: EvidenceRow, condition: Condition, *, seed: int = 0, fillers: Array | None = None
+) -> Document:
+    """The article of a question, alone or "buried" behind exactly 6,000 words of other articles drawn for this question.
+
+    fillers: articles to draw from; all of the boolq_articles when None. The draw depends on seed and the question's id only.
+    """
+    pieces = [articles.bounds(row.article)]
+    offset = 0
+    if condition == "buried":
+        if fillers is None:
+            fillers = np.array([i for i, name in enumerate(articles.names) if name.startswith("boolq_articles/")])
+        rng = np.random.default_rng((seed, *row.id.encode()))
+        before: list[tuple[int, int]] = []
+        while offset < BURIED_WORDS:
+            article = int(rng.choice(fillers))
+            if article == row.article:
+                continue
+            start, stop = articles.bounds(article)
+            before.append((start, min(stop, start + BURIED_WORDS - offset)))
+            offset += before[-1][1] - start
+        pieces = before + pieces
+    lengths = np.concatenate([np.diff(articles.first_token[start : end + 1]) for start, end in pieces])
+    return Document(
+        pieces=pieces,
+        token_ids=np.concatenate([articles.tokens_of(start, end) for start, end in pieces]).astype(np.int64),
+        first_token=np.concatenate(([0], np.cumsum(lengths))),
+        evidence=row.evidence + offset,
+    )
+
+
+def token_spans(first_token: Array, windows: Array) -> torch.Tensor:
+    """Word ranges [M, 2] as ranges of tokens, none of them empty."""
+    spans = first_token[windows]
+    last = max(1, int(first_token[-1]))
+    spans[:, 0] = spans[:, 0].clip(max=last - 1)
+    spans[:, 1] = np.maximum(spans[:, 1], spans[:, 0] + 1)
+    return torch.from_numpy(spans)
+
+
+def score_document(model: Any, question_ids: Array, document: Document) -> tuple[Array, Array]:
+    """(candidate windows in words [M, 2], their scores [M])."""
+    windows = candidate_windows(len(document.first_token) - 1, LENGTH, STRIDE)
+    scores = model.score_windows(
+        torch.from_numpy(question_ids), torch.from_numpy(document.token_ids), token_spans(document.first_token, windows)
+    )
+    return windows, scores.numpy()
+
+
+def hits(passages: Array, evidence: Array) -> tuple[bool, bool]:
+    """Does the first, and does any of the first three passages [P, 2] overlap a piece of evidence with IoU >= 0.1?"""
+    if not len(passages):
+        return False, False
+    found = interval_iou(passages, evidence).max(1) >= HIT_IOU
+    return bool(found[0]), bool(found[:3].any())
+
+
+def tokenize_question(tokenizer: Any, question: str) -> Array:
+    """Token ids with the special tokens around them, cut to LONGEST_QUESTION. [Q]"""
+    return np.array(tokenizer(question, truncation=True, max_length=LONGEST_QUESTION)["input_ids"])
+
+
+def summarize(found: Sequence[tuple[bool, bool]], late: Sequence[bool]) -> dict[str, float | None]:
+    """Means of `hits` over all questions and over the late ones; None where there is no question."""
+    values, is_late = np.array(found, float).reshape(-1, 2), np.array(late, bool)
+    means = {"": values, "late_": values[is_late]}
+    return {
+        f"{prefix}top{k}": round(float(part[:, column].mean()), 4) if len(part) else None
+        for prefix, part in means.items()
+        for column, k in ((0, 1), (1, 3))
+    }
+
+
+def held_out_hits(
+    model: Any, articles: Articles, rows: Sequence[EvidenceRow], tokenizer: Any, *, bf16: bool, condition: Condition = "as_is", fillers: Array | None = None
+) -> dict[str, float | None]:
+    """`summarize` of the reader on whole documents."""
+    found = []
+    was_training = model.training
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for row in rows:
+            document = document_of(articles, row, condition, fillers=fillers)
+            windows, scores = score_document(model, tokenize_question(tokenizer, row.question), document)
+            found.append(hits(windows[select_disjoint(windows, scores, 3)], document.evidence))
+    model.train(was_training)
+    return summarize(found, [row.starts_late for row in rows])

@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering
+from typer.testing import CliRunner
+
+import longspan
+from longspan.cli import app, main
+
+TEXT = "alice wrote the report\nnear the old river.\n\n" + "the old zoo is near the river. " * 40
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizer, tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("qa")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    BertForQuestionAnswering(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def document(tmp_path):
+    path = tmp_path / "report.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+def invoke(*arguments, **kwargs):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
+
+
+def test_help_names_every_command_without_loading_torch():
+    code = "import sys\nfrom longspan.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("answer", "convert", "evaluate", "train"):
+        assert command in done.stdout
+    assert not {"torch", "transformers", "numpy"} & set(done.stdout.split())
+    assert time.perf_counter() - start < 5  # about 0.3 s; loading torch and transformers takes 5 times as long
+
+
+def test_version():
+    assert invoke("--version").stdout.strip() == longspan.__version__
+
+
+def test_passages_are_printed_with_place_probability_and_speed(checkpoint, document):
+    done = invoke("answer", "who wrote the report?", document, "--model", checkpoint, "--top", "2")
+    assert done.exit_code == 0, done.output
+    assert "1. " in done.stdout and "report.txt, line " in done.stdout.replace("\n", "")
+    assert "%)" in done.stdout
+    assert "[[" in done.stdout and "]]" in done.stdout
+    assert "tokens/s)" in done.stdout
+    assert done.stderr == ""
+
+
+def test_json_is_the_documented_schema_and_nothing_else(checkpoint, document):
+    done = invoke("answer", "who wrote the report?", document, "--model", checkpoint, "--json")
+    data = json.loads(done.stdout)
+    assert list(data) == ["question", "answer", "answer_probability", "passages", "tokens", "seconds", "model"]
+    passage = data["passages"][0]
+    assert passage["document"] == document
+    assert passage["text"] == TEXT[passage["start_char"] : passage["end_char"]]
+    assert data["answer"] in passage["text"]
+
+
+def test_several_files_and_standard_input_are_read_together(checkpoint, document):
+    done = invoke(
+        "answer",
+        "who?",
+        document,
+        "-",
+        "--model",
+        checkpoint,
+        "--json",
+        "--top",
+        "99",
+        input="the red zebra lives here",
+    )
+    assert {passage["document"] for passage in json.loads(done.stdout)["passages"]} == {document, "standard input"}
+
+
+def test_threads_are_passed_on(checkpoint, document):
+    before = torch.get_num_threads()
+    try:
+        assert invoke("answer", "who?", document, "--model", checkpoint, "--threads", "1").exit_code == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_document_cannot_command_the_terminal(checkpoint, tmp_path):
+    path = tmp_path / "evil.txt"
+    path.write_text("alice \x1b[2J\x9b wrote [bold]the[/bold] report", encoding="utf-8")
+    done = invoke("answer", "who?", path, "--model", checkpoint)
+    assert "\x1b" not in done.stdout and "\x9b" not in done.stdout
+    assert "[bold]the[/bold]" in done.stdout
+
+
+BAD_INPUT = {
+    "missing file": (["who?", "nowhere.txt"], "document nowhere.txt does not exist"),
+    "directory": (["who?", "{folder}"], "is a directory"),
+    "empty document": (["who?", "{empty}"], "is empty: it holds no text"),
+    "binary file": (["who?", "{binary}"], "is a binary file (a zero byte at offset 2)"),
+    "wrong encoding": (["who?", "{latin}"], "is not utf-8 text (byte 0xfc at offset 2)"),
+    "unknown encoding": (["who?", "{document}", "--encoding", "utf-9"], "unknown text encoding 'utf-9'"),
+    "empty question": ([" ", "{document}", "--model", "{checkpoint}"], "the question is empty"),
+    "long question": (["who " * 33, "{document}", "--model", "{checkpoint}"], "more than half of the 64 tokens"),
+    "no model": (["who?", "{document}", "--model", "{folder}"], "has no config.json"),
+    "no weights": (["who?", "{document}", "--model", "{no_weights}"], "has no weights"),
+    "pickle only": (["who?", "{document}", "--model", "{pickle}"], "holds its weights only as a pickle"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(checkpoint, document, tmp_path, arguments, message):
+    places = {"checkpoint": checkpoint, "document": document, "folder": str(tmp_path / "folder")}
+    (tmp_path / "folder").mkdir()
+    for name, data in {"empty": b"", "binary": b"\x01\x02\x00", "latin": b"gr\xfcn"}.items():
+        places[name] = str(tmp_path / name)
+        (tmp_path / name).write_bytes(data)
+    for name, files in {"no_weights": ["config.json"], "pickle": ["config.json", "pytorch_model.bin"]}.items():
+        places[name] = str(tmp_path / name)
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("{}")
+    done = invoke("answer", *(argument.format(**places) for argument in arguments))
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.startswith("longspan: ") and done.stderr.count("\n") == 1
+
+
+def test_bad_input_shows_no_traceback_in_a_real_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "longspan", "answer", "who?", "nowhere.txt"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("longspan: document nowhere.txt does not exist") and done.stderr.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(monkeypatch, document):
+    import longspan.cli.answer
+
+    def broken(*args, **kwargs):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(longspan.cli.answer, "_read", broken)
+    assert isinstance(invoke("answer", "who?", document).exception, TypeError)
+
+
+def test_an_interrupt_ends_with_130(monkeypatch, document):
+    import longspan.cli.answer
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(longspan.cli.answer, "_read", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["answer", "who?", document])
+    assert caught.value.code == 130
+
+
+def test_convert_refuses_a_directory_that_holds_something(tmp_path):
+    (tmp_path / "a").touch()
+    done = invoke("convert", "model", tmp_path)
+    assert done.exit_code == 2 and "exists already; name a new directory" in done.stderr
+
+
+def test_convert_refuses_a_length_that_is_no_number(tmp_path):
+    done = invoke("convert", "model", tmp_path / "out", "--max-tokens", "4k")
+    assert done.exit_code == 2 and "--max-tokens is a number of tokens or none; got '4k'" in done.stderr

@@ -1,0 +1,173 @@
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    ElectraConfig,
+    ElectraForQuestionAnswering,
+)
+
+from longspan import Document, Reader
+from longspan.errors import CheckpointError, DocumentError, NotFiniteError, QuestionError
+from longspan.inference.extractive import SpanFinder
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+}
+TEXT = (
+    "alice wrote the report\nnear the old river.\nbob lives in the red town. " + "the old zoo is near the river. " * 40
+)
+
+
+def saved(model_class, config_class, tokenizer, folder):
+    torch.manual_seed(0)
+    model_class(config_class(vocab_size=len(tokenizer), **SIZES)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizer, tmp_path_factory):
+    return saved(BertForQuestionAnswering, BertConfig, tokenizer, tmp_path_factory.mktemp("qa"))
+
+
+@pytest.fixture(scope="session")
+def reader(checkpoint):
+    return Reader(checkpoint)
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def test_passages_say_where_they_stand(reader):
+    documents = [Document("first.txt", TEXT), Document("second.txt", "who was the zebra")]
+    answer = reader.answer("who wrote the report?", documents, passage_words=20)
+    texts = {document.name: document.text for document in documents}
+    assert 1 <= len(answer.passages) <= 3
+    for passage in answer.passages:
+        text = texts[passage.document]
+        assert passage.text == text[passage.start_char : passage.end_char]
+        assert len(passage.text.split()) <= 20
+        assert passage.line == len(text[: passage.start_char + 1].splitlines())
+    assert answer.answer in answer.passages[0].text
+    scores = [passage.score for passage in answer.passages]
+    assert scores == sorted(scores, reverse=True)
+    assert answer.answer_probability == scores[0]
+    ranges = sorted((p.document, p.start_char, p.end_char) for p in answer.passages)
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(ranges))
+
+
+def test_the_dictionary_is_the_documented_json(reader, checkpoint):
+    data = json.loads(json.dumps(reader.answer("who?", TEXT).to_dict()))
+    assert list(data) == ["question", "answer", "answer_probability", "passages", "tokens", "seconds", "model"]
+    assert list(data["passages"][0]) == ["document", "start_char", "end_char", "line", "score", "text"]
+    assert data["question"] == "who?"
+    assert data["model"] == str(checkpoint)
+    assert data["seconds"] > 0
+
+
+def test_plain_strings_are_documents(reader):
+    answer = reader.answer("who wrote the report?", [TEXT, "the red zebra"], top=50, passage_words=5)
+    assert {passage.document for passage in answer.passages} == {"document 1", "document 2"}
+    assert reader.answer("who?", TEXT).passages[0].document == "document 1"
+    assert answer.tokens > reader.answer("who?", TEXT).tokens
+
+
+def test_top_bounds_the_number_of_passages(reader):
+    assert len(reader.answer("who?", TEXT, top=1).passages) == 1
+    assert len(reader.answer("who?", TEXT, top=2, passage_words=10).passages) == 2
+
+
+def test_our_encoder_answers_as_transformers_does(reader, checkpoint, tokenizer):
+    assert type(reader._finder.model).__name__ == "LongspanForQuestionAnswering"
+    theirs = SpanFinder(BertForQuestionAnswering.from_pretrained(checkpoint).eval(), tokenizer)
+    with torch.inference_mode():
+        expected = theirs.candidates("who wrote the report?", [TEXT], passage_words=100)
+    answer = reader.answer("who wrote the report?", TEXT)
+    assert answer.answer == expected.answer
+    assert answer.answer_probability == pytest.approx(expected.probability.max(), rel=1e-3)
+
+
+def test_a_family_that_longspan_does_not_know_runs_on_transformers(tokenizer, tmp_path):
+    folder = saved(ElectraForQuestionAnswering, ElectraConfig, tokenizer, tmp_path)
+    reader = Reader(folder)
+    assert type(reader._finder.model).__name__ == "ElectraForQuestionAnswering"
+    assert reader.answer("who wrote the report?", TEXT).answer in TEXT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((" ", TEXT), QuestionError, "the question is empty"),
+        (("who " * 33, TEXT), QuestionError, "33 tokens long, more than half of the 64"),
+        (("who?", []), ValueError, "there are no documents to read"),
+        (("who?", [TEXT, " "]), DocumentError, "document 2 is empty"),
+    ],
+    ids=["empty question", "long question", "no documents", "empty document"],
+)
+def test_bad_questions_and_documents_are_refused(reader, arguments, error, message):
+    with pytest.raises(error, match=message):
+        reader.answer(*arguments)
+
+
+def test_bad_counts_are_refused(reader):
+    with pytest.raises(ValueError, match="must be at least 1; got top=0"):
+        reader.answer("who?", TEXT, top=0)
+
+
+def test_a_directory_without_weights_is_refused(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no weights; it needs a model\.safetensors"):
+        Reader(copy)
+
+
+def test_a_checkpoint_that_is_only_a_pickle_is_refused(copy):
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="only as a pickle, which can run any code when it is loaded; convert"):
+        Reader(copy)
+
+
+def test_a_directory_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        Reader(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        Reader(tmp_path / "nowhere")
+
+
+def test_damaged_files_are_refused_in_one_line(copy):
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointError, match=r"cannot load model .*: .+") as caught:
+            Reader(copy)
+        assert "\n" not in str(caught.value)
+        (copy / name).write_bytes(whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_without_a_question_answering_head_is_refused(tokenizer, tmp_path):
+    folder = saved(BertForMaskedLM, BertConfig, tokenizer, tmp_path)
+    with pytest.raises(CheckpointError, match="is a BertForMaskedLM, not a reader: it has no qa_outputs"):
+        Reader(folder)
+
+
+def test_a_model_that_gives_nan_is_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["qa_outputs.weight"][:] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotFiniteError, match="NaN or infinite logits, so it cannot rank answers"):
+        Reader(copy).answer("who?", TEXT)
