@@ -175,12 +175,51 @@ def test_an_interrupt_ends_with_130(monkeypatch, document):
     assert caught.value.code == 130
 
 
-def test_convert_refuses_a_directory_that_holds_something(tmp_path):
+def test_convert_writes_a_long_model_that_answers(checkpoint, document, tmp_path):
+    done = invoke("convert", checkpoint, tmp_path / "long", "--max-tokens", "none", "--window", "16")
+    assert done.exit_code == 0, done.output
+    assert "reads any number of tokens through windows of 16" in done.stdout
+    assert done.stderr == ""
+    done = invoke("answer", "who wrote the report?", document, "--model", tmp_path / "long", "--json")
+    assert json.loads(done.stdout)["answer"] in TEXT
+
+
+def test_convert_refuses_a_directory_that_holds_something(checkpoint, tmp_path):
     (tmp_path / "a").touch()
-    done = invoke("convert", "model", tmp_path)
-    assert done.exit_code == 2 and "exists already; name a new directory" in done.stderr
+    done = invoke("convert", checkpoint, tmp_path)
+    assert done.exit_code == 2 and "exists" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_convert_refuses_a_length_that_is_no_number(tmp_path):
     done = invoke("convert", "model", tmp_path / "out", "--max-tokens", "4k")
     assert done.exit_code == 2 and "--max-tokens is a number of tokens or none; got '4k'" in done.stderr
+
+
+def test_evaluate_prints_a_table_or_its_json(monkeypatch):
+    import longspan.tasks.evidence
+
+    row = {"system": "reader", "top1": 0.6, "top3": 0.84, "late_top1": None, "tokens_per_second": 8000}
+    table = {"condition": "as_is", "questions": 7, "rows": [row]}
+    asked = []
+    monkeypatch.setattr(
+        longspan.tasks.evidence, "evaluate_reader", lambda data, **options: asked.append(options) or table
+    )
+    arguments = ("evaluate", "reader", "--data", "d", "--condition", "as_is", "--limit", "7")
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "7 questions" in done.stdout and "0.840" in done.stdout and "8,000" in done.stdout
+    assert json.loads(invoke(*arguments, "--json").stdout) == table
+    assert asked[0] == asked[1]
+    assert (asked[0]["condition"], asked[0]["split"], asked[0]["limit"]) == ("as_is", "dev", 7)
+
+
+def test_train_hands_its_options_to_the_training(monkeypatch, tmp_path):
+    import longspan.training.reader
+
+    configs = []
+    monkeypatch.setattr(longspan.training.reader, "train_reader", lambda config: configs.append(config) or tmp_path)
+    done = invoke("train", "reader", "--base", "b", "--data", "d", "--output", "o", "--steps", "7", "--no-bf16")
+    assert done.exit_code == 0, done.output
+    assert (configs[0].base, configs[0].data, configs[0].output) == ("b", "d", "o")
+    assert (configs[0].steps, configs[0].bf16) == (7, False)
+    assert done.stdout == f"wrote {tmp_path}\n"

@@ -18,7 +18,10 @@ class SeesWords:
         self.zebra, self.green, self.zoo = tokenizer.convert_tokens_to_ids(["zebra", "green", "zoo"])
         self.shapes = []
 
-    def __call__(self, input_ids, attention_mask, token_type_ids):
+    def __call__(self, **inputs):
+        return self.forward(**inputs)
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
         self.shapes.append(tuple(input_ids.shape))
         assert (input_ids[attention_mask == 0] == 0).all()
         start = 9.0 * (input_ids == self.zebra) + 8.5 * (input_ids == self.green) + 50.0 * (token_type_ids == 0)
@@ -117,16 +120,27 @@ def test_a_question_longer_than_half_the_window_is_refused(tokenizer):
 
 
 def test_a_model_that_gives_nan_is_refused(tokenizer):
-    model = SeesWords(tokenizer)
-    broken = lambda **inputs: SimpleNamespace(**{k: v * torch.nan for k, v in vars(model(**inputs)).items()})  # noqa: E731
-    broken.config, broken.device = model.config, model.device
+    class Broken(SeesWords):
+        def __call__(self, **inputs):
+            return SimpleNamespace(
+                **{name: logits * torch.nan for name, logits in vars(self.forward(**inputs)).items()}
+            )
+
     with pytest.raises(NotFiniteError, match="NaN or infinite logits"):
-        find(broken, tokenizer, "red zebra")
+        find(Broken(tokenizer), tokenizer, "red zebra")
 
 
 def test_text_that_the_tokenizer_drops_is_refused(tokenizer):
     with pytest.raises(DocumentError, match="no text that this model's tokenizer knows"):
         find(SeesWords(tokenizer), tokenizer, "\u200b\u200b")
+
+
+def test_inputs_that_the_model_does_not_take_are_left_out(tokenizer):
+    class WithoutTypes(SeesWords):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids, attention_mask, torch.ones_like(input_ids))
+
+    assert find(WithoutTypes(tokenizer), tokenizer, "old zebra").answer == "zebra"
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
+    BertModel,
     ElectraConfig,
     ElectraForQuestionAnswering,
 )
 
-from longspan import Document, Reader
+from longspan import Document, LongspanForEvidence, Reader, to_long
 from longspan.errors import CheckpointError, DocumentError, NotFiniteError, QuestionError
 from longspan.inference.extractive import SpanFinder
 
@@ -106,6 +107,36 @@ def test_a_family_that_longspan_does_not_know_runs_on_transformers(tokenizer, tm
     reader = Reader(folder)
     assert type(reader._finder.model).__name__ == "ElectraForQuestionAnswering"
     assert reader.answer("who wrote the report?", TEXT).answer in TEXT
+
+
+@pytest.fixture(scope="session")
+def evidence_reader(tokenizer, tmp_path_factory):
+    torch.manual_seed(0)
+    long = to_long(BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES)), max_tokens=None, window=16)
+    folder = tmp_path_factory.mktemp("evidence")
+    LongspanForEvidence(long.config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Reader(folder)
+
+
+def test_the_evidence_reader_gives_passages_of_whole_documents_and_no_answer(evidence_reader):
+    calls = []
+    answer = evidence_reader.answer(
+        "who wrote the report?", [TEXT * 3, TEXT], progress=lambda done, total: calls.append((done, total))
+    )
+    assert answer.answer is None
+    assert answer.answer_probability == answer.passages[0].score
+    assert len(answer.passages) == 3
+    assert all(len(passage.text.split()) == 100 and 0 <= passage.score <= 1 for passage in answer.passages)
+    assert calls[-1] == (answer.tokens, answer.tokens)
+
+
+def test_half_precision_finds_the_same_evidence(evidence_reader, monkeypatch):
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(evidence_reader._finder, "dtype", dtype)
+        found[dtype] = evidence_reader.answer("who wrote the report?", TEXT, top=1).passages[0]
+    assert found[torch.bfloat16].score == pytest.approx(found[torch.float32].score, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,17 @@ from transformers import (
     RobertaConfig,
 )
 
+from longspan.models import (
+    LongspanForMaskedLM,
+    LongspanForMultipleChoice,
+    LongspanForQuestionAnswering,
+    LongspanForSequenceClassification,
+    LongspanForTokenClassification,
+    LongspanModel,
+)
+from longspan.models.checkpoints import from_hugging_face, translate_config
+from longspan.models.model import LongspanPreTrainedModel
+
 FAMILIES = ("bert", "roberta", "distilbert", "longformer", "modernbert")
 VOCABULARY = 99
 MAX_TOKENS = 64  # what the learned position tables hold
@@ -34,6 +45,19 @@ AUTO = {
     "question_answering": AutoModelForQuestionAnswering,
     "multiple_choice": AutoModelForMultipleChoice,
 }
+
+OURS = {
+    model.task: model
+    for model in (
+        LongspanModel,
+        LongspanForMaskedLM,
+        LongspanForSequenceClassification,
+        LongspanForTokenClassification,
+        LongspanForQuestionAnswering,
+        LongspanForMultipleChoice,
+    )
+}
+TASKS = tuple(task for task in OURS if task is not None)
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -60,7 +84,7 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "attn_implementation": "eager",
         },
     ),
-    "longformer": (LongformerConfig, _SIZES | _OFFSET | {"attention_window": [4, 8, 12], "sep_token_id": 2}),
+    "longformer": (LongformerConfig, _SIZES | _OFFSET | {"attention_window": [4, 8, 16], "sep_token_id": 2}),
     "modernbert": (
         ModernBertConfig,
         _SIZES
@@ -95,6 +119,14 @@ def tiny_model(family: str, task: str | None = None, *, seed: int = 0, **changes
     return model.eval()
 
 
+def translated(hf_model: PreTrainedModel, task: str | None = None) -> LongspanPreTrainedModel:
+    """The same model as ours, without a trip to the disk."""
+    config = translate_config(hf_model.config)
+    model = OURS[task](config).to(hf_model.dtype)
+    model.load_state_dict(from_hugging_face(hf_model.state_dict(), config, task))
+    return model.eval()
+
+
 def token_mask(lengths: list[int], tokens: int | None = None) -> Tensor:
     """Bool[B, N]: row b starts with lengths[b] tokens and ends with padding."""
     return torch.arange(tokens or max(lengths)) < torch.tensor(lengths)[:, None]
@@ -103,7 +135,7 @@ def token_mask(lengths: list[int], tokens: int | None = None) -> Tensor:
 def batch(
     config: PreTrainedConfig, lengths: list[int], tokens: int | None = None, *, seed: int = 1
 ) -> dict[str, Tensor]:
-    """input_ids and attention_mask of rows with these lengths; ids 0 to 4 keep their special meanings and never occur."""
+    """input_ids and attention_mask of rows with these lengths; ids 0 to 4, the special ones, do not occur."""
     mask = token_mask(lengths, tokens)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, config.vocab_size, mask.shape, generator=generator)

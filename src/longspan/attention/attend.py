@@ -5,8 +5,6 @@ Shapes: B batch, H heads, M queries, N keys, D head width.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -41,13 +39,10 @@ def attend(
     """
     request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse)
     out, lse = choose(request, backend).run(request)
-    padded = _padded_queries(token_mask, query_positions)
-    if padded is not None:
-        out = out.masked_fill(padded[:, None, :, None], 0)
     if not return_lse:
         return out
     assert lse is not None
-    return out, lse if padded is None else lse.masked_fill(padded[:, None, :], -math.inf)
+    return out, lse
 
 
 def choose(request: Request, backend: str = "auto") -> Backend:
@@ -82,19 +77,19 @@ def make_request(
     dropout: float = 0.0,
     return_lse: bool = False,
 ) -> Request:
-    """The inputs of `attend`, checked, with zeros in padded rows. Raises ValueError."""
+    """The inputs of `attend`, checked. Raises ValueError."""
     _check_tensors(q, k, v)
     batch, heads, queries, width = q.shape
     tokens = k.shape[2]
     if not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern must be a longspan.attention Pattern, such as SlidingWindow(64, 64); got {pattern!r}")
+        raise ValueError(
+            f"pattern must be a longspan.attention Pattern, such as SlidingWindow(64, 64); got {pattern!r}"
+        )
     pattern.check_fits(batch, heads, tokens, q.device)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is the fraction of probabilities to drop, 0 <= dropout < 1; got {dropout}")
     if token_mask is not None:
         _check_index("token_mask", token_mask, torch.bool, [(batch, tokens)], q.device)
-        keys = token_mask[:, None, :, None]
-        k, v = k.masked_fill(~keys, 0), v.masked_fill(~keys, 0)
     if query_positions is not None:
         _check_index("query_positions", query_positions, torch.long, [(queries,), (batch, queries)], q.device)
     elif queries != tokens:
@@ -102,9 +97,6 @@ def make_request(
             f"q has {queries} rows but k has {tokens}; give query_positions, Long[{queries}] or "
             f"Long[{batch}, {queries}], to say where the rows of q stand"
         )
-    padded = _padded_queries(token_mask, query_positions)
-    if padded is not None:
-        q = q.masked_fill(padded[:, None, :, None], 0)
     return Request(
         q=q,
         k=k,
@@ -116,17 +108,6 @@ def make_request(
         dropout=dropout,
         return_lse=return_lse,
     )
-
-
-def _padded_queries(token_mask: Tensor | None, query_positions: Tensor | None) -> Tensor | None:
-    """Bool[B, M]: rows of q that stand on padding."""
-    if token_mask is None:
-        return None
-    if query_positions is None:
-        return ~token_mask
-    if query_positions.ndim == 1:
-        return ~token_mask[:, query_positions]
-    return ~token_mask.gather(1, query_positions)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

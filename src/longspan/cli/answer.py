@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longspan.cli.quiet import quiet_transformers
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -66,12 +68,10 @@ def _read(question: str, documents: list[Document], *, model: str | None, top: i
     ) as bar:
         task = bar.add_task("Loading", total=None)
         import torch
-        from transformers.utils import logging
 
         from longspan.inference.reader import Reader
 
-        logging.set_verbosity_error()  # a loading report is noise beside an answer; what matters is raised
-        logging.disable_progress_bar()
+        quiet_transformers()
         if threads is not None:
             torch.set_num_threads(threads)
         reader = Reader(model)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from longspan.cli.quiet import quiet_transformers
+
 app = typer.Typer(help="Evaluate a model.", no_args_is_help=True)
 
 
@@ -31,13 +33,17 @@ def reader(
         Condition, typer.Option(help="Each article as it is, or buried after 6,000 words of others.")
     ] = Condition.buried,
     model: Annotated[str | None, typer.Option(help="Directory of an evidence reader. Default: longspan's own.")] = None,
+    minilm: Annotated[
+        str, typer.Option(help="Directory or hub name of the sentence encoder to compare with.")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions in a seeded sample. Default: all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Measure how often a passage of at most 100 words holds the evidence, for the reader and for simpler systems."""
     from longspan.tasks.evidence import evaluate_reader
 
-    table = evaluate_reader(data, split=split, condition=condition.value, model=model, limit=limit)
+    quiet_transformers()
+    table = evaluate_reader(data, split=split, condition=condition.value, model=model, minilm=minilm, limit=limit)
     if as_json:
         typer.echo(json.dumps(table, indent=2))
     else:
@@ -59,5 +65,5 @@ def _print_table(table: dict[str, Any]) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
-    return "" if value is None else str(value)
+        return f"{value:.3f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -20,11 +20,13 @@ STRIDE_WORDS = 10  # between the starts of neighboring windows
 class EvidenceFinder:
     """The windows of words that hold the evidence for an answer.
 
-    model: a `LongspanForEvidence`. tokenizer: the one it was trained with.
+    model: a `LongspanForEvidence`. tokenizer: the one it was trained with. dtype: what the encoder computes in; None is
+    bfloat16, as in training, where the processor has instructions for it (twice as fast), else float32.
     """
 
-    def __init__(self, model: Any, tokenizer: Any):
+    def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None):
         self.model, self.tokenizer = model, tokenizer
+        self.dtype = dtype or _fast_dtype(model.device)
         embeddings = model.config.embeddings_config
         self.window_tokens = embeddings.position_period or embeddings.max_tokens
 
@@ -50,14 +52,10 @@ class EvidenceFinder:
             windows, spans = (ranges[spans[:, 0] < spans[:, 1]] for ranges in (windows, spans))
             if not len(windows):
                 continue
-            scores.append(
-                self.model.score_windows(
-                    question_ids,
-                    torch.from_numpy(token_ids).to(self.model.device),
-                    torch.from_numpy(spans).to(self.model.device),
-                    progress=progress and (lambda read, of, done=done: progress(done + read, total)),
-                )
-            )
+            report = progress and (lambda read, of, done=done: progress(done + read, total))
+            with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                ids, ranges = (torch.from_numpy(array).to(self.model.device) for array in (token_ids, spans))
+                scores.append(self.model.score_windows(question_ids, ids, ranges, progress=report))
             documents.append(np.full(len(windows), document))
             words.append(windows + words_before)
             chars.append(np.stack([text_words[windows[:, 0], 0], text_words[windows[:, 1] - 1, 1]], axis=1))
@@ -71,3 +69,12 @@ class EvidenceFinder:
         return Candidates(
             np.concatenate(documents), np.concatenate(words), np.concatenate(chars), probability, None, total
         )
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        processor = getattr(torch.cpu, "get_capabilities", dict)()
+        native = device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32

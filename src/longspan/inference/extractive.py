@@ -5,6 +5,7 @@ Shapes: B windows in a batch, N tokens of a window, M candidate spans.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,6 +40,9 @@ class SpanFinder:
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
         self.window_tokens = _window_tokens(model.config, tokenizer)
+        # A checkpoint can hold a tokenizer that makes more than its model reads: DistilBERT's often gives token types.
+        taken = inspect.signature(model.forward).parameters
+        self.input_names = [name for name in tokenizer.model_input_names if name in taken]
 
     def candidates(
         self, question: str, texts: list[str], *, passage_words: int, progress: Callable[[int, int], None] | None = None
@@ -97,7 +101,7 @@ class SpanFinder:
                 offsets = encoded["offset_mapping"][row]
                 of_document = encoded.sequence_ids(row)
                 is_context = [of == 1 and end > start for of, (start, end) in zip(of_document, offsets, strict=True)]
-                inputs = {name: encoded[name][row] for name in self.tokenizer.model_input_names if name in encoded}
+                inputs = {name: encoded[name][row] for name in self.input_names}
                 windows.append(_Window(document, inputs, is_context, offsets))
                 tokens += sum(is_context)
             tokens -= overlap * (rows - 1)

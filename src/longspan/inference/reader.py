@@ -59,11 +59,16 @@ class Reader:
     """Answers questions from long documents.
 
     model: the directory or hub name of an extractive question-answering checkpoint or of an evidence reader; None is
-    the evidence reader that comes with longspan. Raises CheckpointError where none can be made of it.
+    the evidence reader that comes with longspan. dtype: what it computes in; None is float32, and for the evidence
+    reader bfloat16 where the processor has instructions for it. Raises CheckpointError for anything else.
     """
 
     def __init__(
-        self, model: str | Path | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ):
         self.name = "longspan reader" if model is None else str(model)
         self._finder = _load(str(BUILT_IN if model is None else model), torch.device(device), dtype)
@@ -124,22 +129,21 @@ class Reader:
         )
 
 
-def _load(model: str, device: torch.device, dtype: torch.dtype) -> EvidenceFinder | SpanFinder:
+def _load(model: str, device: torch.device, dtype: torch.dtype | None) -> EvidenceFinder | SpanFinder:
     """The finder for a checkpoint, on longspan's encoder where that can compute the model, else on transformers'."""
     _check_directory(model)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
-        if "LongspanForEvidence" in (config.architectures or ()):
-            finder = EvidenceFinder
-            network, report = LongspanForEvidence.from_pretrained(model, **options)
-        else:
-            finder = SpanFinder
-            try:
-                network, report = LongspanForQuestionAnswering.from_pretrained(model, **options)
-            except NotImplementedError:
-                network, report = AutoModelForQuestionAnswering.from_pretrained(model, **options)
+        is_evidence = "LongspanForEvidence" in (config.architectures or ())
+        options["dtype"] = torch.float32 if is_evidence or dtype is None else dtype
+        ours: Any = LongspanForEvidence if is_evidence else LongspanForQuestionAnswering
+        try:
+            network, report = ours.from_pretrained(model, **options)
+        except NotImplementedError:
+            theirs: Any = AutoModelForQuestionAnswering
+            network, report = theirs.from_pretrained(model, **options)
     except ImportError:
         raise
     except Exception as error:  # tokenizers and safetensors raise Exception itself for a damaged file
@@ -151,7 +155,8 @@ def _load(model: str, device: torch.device, dtype: torch.dtype) -> EvidenceFinde
         )
     if not tokenizer.is_fast:
         raise CheckpointError(f"model {model} has only a slow tokenizer, which cannot say where a token stands.")
-    return finder(network.to(device).eval(), tokenizer)
+    network = network.to(device).eval()
+    return EvidenceFinder(network, tokenizer, dtype) if is_evidence else SpanFinder(network, tokenizer)
 
 
 def _check_directory(model: str) -> None:

@@ -24,7 +24,7 @@ from longspan.attention import Pattern, SlidingWindow
 from longspan.models import heads
 from longspan.models.checkpoints import from_hugging_face, to_hugging_face, translate_config
 from longspan.models.config import HeadConfig, LongspanConfig
-from longspan.models.encoder import Encoder
+from longspan.models.encoder import Attention
 from longspan.models.model import AUTO_CLASSES, LongspanModel, LongspanPreTrainedModel
 
 # Which tokens the heads of a Longformer make global; without them a classifier's first token would read half a window.
@@ -61,7 +61,8 @@ def to_long(
     for task, tokens in _GLOBAL_TOKENS.items():
         if tokens == "first" or config.sep_token_id is not None:
             config.heads = (config.heads or {}) | {task: config.head_config(task).to_dict() | {"global_tokens": tokens}}
-    long = kind(config).to(device=model.device, dtype=model.dtype)
+    long: Any = kind(config)
+    long.to(device=model.device, dtype=model.dtype)
     long.load_state_dict(weights)  # copies, so the two models share no memory
     return long.train(model.training)
 
@@ -114,18 +115,17 @@ def recopy_global_projections(model: nn.Module) -> None:
     For after masked language modeling, which has no global tokens and so trains the local projections only.
     Raises ValueError when no layer has global projections.
     """
-    attentions = [
-        block.attention for part in model.modules() if isinstance(part, Encoder) for block in part.blocks.children()
-    ]
-    attentions = [attention for attention in attentions if attention.qkv_global is not None]
-    if not attentions:
+    copied = False
+    for attention in model.modules():
+        if isinstance(attention, Attention) and attention.qkv_global is not None:
+            attention.qkv_global.load_state_dict(attention.qkv.state_dict())
+            copied = True
+    if not copied:
         raise ValueError(f"{type(model).__name__} has no global projections: make it long with longspan.to_long()")
-    for attention in attentions:
-        attention.qkv_global.load_state_dict(attention.qkv.state_dict())
 
 
 def to_hugging_face_longformer(model: LongspanPreTrainedModel) -> PreTrainedModel:
-    """The same model as transformers' own Longformer, of the same head; its `save_pretrained` writes a stock checkpoint.
+    """The same model as transformers' own Longformer, of the same head; what that saves is a stock checkpoint.
 
     model: what `to_long` returns for a RoBERTa, a BERT or a DistilBERT. Outputs are equal, in eval mode. Longformer
     numbers tokens and skips padding, and the position table is shifted to it: BERT and DistilBERT, which number padding
@@ -193,7 +193,7 @@ def _side(pattern: Pattern) -> int:
 
 
 def _refuse_differences(ours: LongspanConfig, head: HeadConfig | None, stock: LongspanConfig, task: str | None) -> None:
-    """NotImplementedError when `stock`, the same model after a trip through a Longformer's configuration, is another."""
+    """NotImplementedError when `stock`, the model after a trip through a Longformer's configuration, is another."""
     pairs = {"encoder": (ours.encoder_config.to_dict(), stock.encoder_config.to_dict())}
     if task is not None and head is not None:
         pairs["head"] = (head.to_dict(), stock.head_config(task).to_dict())
@@ -231,7 +231,7 @@ def convert_checkpoint(
 ) -> Conversion:
     """Writes the long copy of a checkpoint and its tokenizer to the directory `out`, whole or not at all.
 
-    source: directory or hub name. max_tokens, window: as `to_long` takes them; the tokenizer's model_max_length follows.
+    source: directory or hub name. max_tokens, window: as `to_long` takes them; the tokenizer's limit follows.
     format: "longspan", or "huggingface" for transformers' own Longformer (see `to_hugging_face_longformer`).
     Raises FileExistsError when `out` is a file or a directory that holds something, and what `to_long` raises.
     """
@@ -267,7 +267,8 @@ def convert_checkpoint(
 @contextmanager
 def _whole_or_absent(out: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `out` at the end, or nothing at all after an error."""
-    folder = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
+    out = out.absolute()
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")  # beside it, so that renaming copies nothing
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -281,7 +282,8 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
 def _load(source: str | Path, tokenizer: Any = None) -> LongspanPreTrainedModel:
     """The checkpoint as ours, with the head that its configuration names."""
     config = AutoConfig.from_pretrained(source)
-    model = _class_for((config.architectures or ["Model"])[0]).from_pretrained(source)
+    kind: Any = _class_for((config.architectures or ["Model"])[0])
+    model = kind.from_pretrained(source)
     if tokenizer is not None and model.config.sep_token_id is None:
         model.config.sep_token_id = tokenizer.sep_token_id
     return model
@@ -290,9 +292,11 @@ def _load(source: str | Path, tokenizer: Any = None) -> LongspanPreTrainedModel:
 def _load_tokenizer(source: str | Path) -> Any:
     """The checkpoint's tokenizer, or None where it has none."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         return None
+    # Without tokenizer files transformers makes one up that knows its special tokens only.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _as_ours(model: PreTrainedModel) -> tuple[type[LongspanPreTrainedModel], LongspanConfig, dict[str, Tensor]]:

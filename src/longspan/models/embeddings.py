@@ -37,6 +37,10 @@ class EmbeddingsConfig:
 
     def __post_init__(self):
         usable = self.positions - self.position_offset
+        if self.positions and usable < 1:
+            raise ValueError(
+                f"a position table of {self.positions} rows leaves none after position_offset={self.position_offset}"
+            )
         if self.position_period is not None and not 1 <= self.position_period <= usable:
             raise ValueError(
                 f"position_period must lie between 1 and the position table's {usable} usable rows; "
@@ -85,9 +89,7 @@ class Embeddings(nn.Module):
             types = token_type_ids if token_type_ids is not None else torch.zeros((), dtype=torch.long, device=x.device)
             x = x + self.token_type(types)
         if self.position is not None:
-            if position_ids is None:
-                position_ids = self.number(x, input_ids)
-            x = x + self.position(self._rows(position_ids))
+            x = x + self.position(self._rows(x, input_ids, position_ids))
         return self.drop(self.norm(x))
 
     def number(self, x: Tensor, input_ids: Tensor | None) -> Tensor:
@@ -98,18 +100,20 @@ class Embeddings(nn.Module):
         is_token = input_ids != config.padding_idx
         return is_token.long().cumsum(1) * is_token + config.position_offset - 1
 
-    def _rows(self, position_ids: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Rows of the position table, [B or 1, N]; ValueError when the table ends before the input does."""
         config = self.config
+        rows = self.number(x, input_ids) if position_ids is None else position_ids
         if config.position_period is not None:
-            repeated = (position_ids - config.position_offset) % config.position_period + config.position_offset
-            return torch.where(position_ids < config.position_offset, position_ids, repeated)
-        if torch.compiler.is_compiling() or not position_ids.numel():
-            return position_ids
-        longest = int(position_ids.max()) + 1 - config.position_offset
-        if longest > config.positions - config.position_offset:
+            repeated = (rows - config.position_offset) % config.position_period + config.position_offset
+            return torch.where(rows < config.position_offset, rows, repeated)
+        usable = config.positions - config.position_offset
+        if (position_ids is None and x.shape[1] <= usable) or not rows.numel() or torch.compiler.is_compiling():
+            return rows  # fits whatever the data says: no wait for a GPU
+        needed = int(rows.max()) + 1 - config.position_offset
+        if needed > usable:
             raise ValueError(
-                f"the input has {longest:,} tokens and this model has positions for "
-                f"{config.positions - config.position_offset:,}: shorten the input, or make the model longer with "
-                f"longspan.to_long(model, max_tokens={longest})"
+                f"the input needs positions for {needed:,} tokens and this model has {usable:,}: shorten the input, or "
+                f"make the model longer with longspan.to_long(model, max_tokens={needed})"
             )
-        return position_ids
+        return rows

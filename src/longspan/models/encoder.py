@@ -140,11 +140,11 @@ class Rotary(NamedTuple):
     sin: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, head_width: int, theta: float) -> Rotary:
+    def at(cls, positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Rotary:
         steps = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device)
         # Hugging Face's very roundings: at position 8,192 another order would turn by 1e-3 radians more or less.
         angles = positions[..., None].float() * (1.0 / (theta ** (steps / head_width)))
-        angles = torch.cat((angles, angles), -1)[:, None]
+        angles = torch.cat((angles, angles), -1)[:, None].to(torch.promote_types(dtype, torch.float32))
         return cls(angles.cos(), angles.sin())
 
     def take(self, rows: Tensor) -> Rotary:  # rows [B, G]
@@ -254,7 +254,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
         self.final_norm = _norm(config) if config.norm == "pre" else nn.Identity()
         self.gradient_checkpointing = False  # a PreTrainedModel around it turns it on and sets the function below
-        self._gradient_checkpointing_func = checkpoint
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def forward(
         self,
@@ -297,7 +297,7 @@ class Encoder(nn.Module):
         for number, (described, block) in enumerate(zip(self.config.blocks, self.blocks, strict=True), 1):
             width, theta = described.head_width, described.rope_theta
             if theta is not None and (width, theta) not in rotaries:
-                rotaries[width, theta] = Rotary.at(position_ids, width, theta)
+                rotaries[width, theta] = Rotary.at(position_ids, width, theta, x.dtype)
             inputs = (x, token_mask, global_rows, rotaries.get((width, theta)), backend)
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(block, *inputs)

@@ -40,6 +40,8 @@ class _TaskModel(LongspanPreTrainedModel):
         self.num_labels = config.num_labels
         outputs = self.num_labels if outputs is None else outputs
         self.described = config.head_config(self.task)
+        if self.described.pooling == "pooler" and not config.pooler:
+            raise ValueError(f"the {self.task} head reads the base model's pooler, and this config has pooler=False")
         self.longspan = LongspanModel(config, add_pooling_layer=self.described.pooling == "pooler")
         self.head = Head(self.described, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, outputs or 0, bias=self.described.output_bias)
@@ -78,16 +80,14 @@ class _TaskModel(LongspanPreTrainedModel):
         loss = None if labels is None else self.loss(logits, labels, num_items_in_batch)
         return self.output_class(loss=loss, logits=logits, hidden_states=states)
 
-    def read(
-        self, input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids, inputs_embeds, *asked
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """(logits, hidden states or None). asked: output_hidden_states, output_attentions."""
+    def read(self, *inputs: Any) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """(logits, hidden states or None) for what `LongspanModel.forward` takes, in its order."""
+        input_ids, attention_mask, global_mask, token_type_ids, position_ids, inputs_embeds, *asked = inputs
         token_mask = None if attention_mask is None else attention_mask.bool()
-        if global_attention_mask is None and self.described.global_tokens is not None:
-            global_attention_mask = self.choose_global_tokens(input_ids, inputs_embeds, token_mask)
+        if global_mask is None and self.described.global_tokens is not None:
+            global_mask = self.choose_global_tokens(input_ids, inputs_embeds, token_mask)
         outputs = self.longspan(
-            *(input_ids, attention_mask, global_attention_mask, token_type_ids, position_ids, inputs_embeds, *asked),
-            return_dict=True,
+            input_ids, token_mask, global_mask, token_type_ids, position_ids, inputs_embeds, *asked, return_dict=True
         )
         x = outputs.last_hidden_state  # [B, N, C]
         if self.described.pooling == "pooler":
@@ -98,19 +98,24 @@ class _TaskModel(LongspanPreTrainedModel):
             x = _mean_of_tokens(x, token_mask)
         return self.classifier(self.head(x)), outputs.hidden_states
 
-    def choose_global_tokens(self, input_ids, inputs_embeds, token_mask) -> Tensor | None:
+    def choose_global_tokens(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_mask: Tensor | None
+    ) -> Tensor | None:
         """Bool[B, N]: the tokens that this task lets see everything, as Hugging Face's Longformer heads choose them."""
-        like = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        index = torch.arange(like.shape[1], device=like.device)
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            return None  # the embeddings will say so
         if self.described.global_tokens == "first":
-            first = torch.zeros(len(like), dtype=torch.long, device=like.device)
-            return index == (first if token_mask is None else token_mask.int().argmax(1))[:, None]
+            if token_mask is None:
+                token_mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+            return token_mask & (token_mask.cumsum(1) == 1)
         if input_ids is None:
             logger.warning_once(
                 "inputs_embeds shows no separators, so no token gets global attention: pass global_attention_mask"
             )
             return None
         first, is_separator = _first_separators(input_ids, self.config.sep_token_id)
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
         if self.described.global_tokens == "before_separator":
             return index < first
         return (index > first) & ~((index == first + 1) & is_separator)  # RoBERTa puts two separators in between
@@ -185,7 +190,8 @@ class LongspanForQuestionAnswering(_TaskModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> Any:
-        """start_positions, end_positions: Long[B]; those outside the row are left out of the loss."""
+        """start_positions, end_positions: Long[B]; those outside the row are left out of the loss. As with Hugging Face
+        padding has its share in the loss's softmax, and nowhere else."""
         logits, states = self.read(
             input_ids,
             attention_mask,

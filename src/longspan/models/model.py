@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, C model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from longspan.models.checkpoints import family_of, from_hugging_face, mismatch, translate_config
+from longspan.models.checkpoints import family_of, from_hugging_face, mismatch, translate_config, weight_names
 from longspan.models.config import HeadConfig, LongspanConfig
 from longspan.models.embeddings import Embeddings
 from longspan.models.encoder import Encoder, activation
@@ -50,9 +51,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "longspan"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["Embeddings", "Block"]
-    _keys_to_ignore_on_load_unexpected: ClassVar = [
-        r"^(longspan\.)?pooler\."
-    ]  # a head that does not pool leaves it unread
+    # A head that pools otherwise leaves the pooler unread.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^(longspan\.)?pooler\."]
     task: ClassVar[str | None] = None
 
     @classmethod
@@ -68,25 +68,23 @@ class LongspanPreTrainedModel(PreTrainedModel):
         """
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
+        wants_info = kwargs.pop("output_loading_info", False)
         try:
             if name is None or isinstance(config, LongspanConfig) or _model_type(config or name, kwargs) == "longspan":
-                return super().from_pretrained(name, *model_args, config=config, **kwargs)
-            wants_info = kwargs.pop("output_loading_info", False)
+                model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                    name, *model_args, config=config, output_loading_info=True, **kwargs
+                )
+                _refuse_gaps(info["missing_keys"], name)
+                return (model, info) if wants_info else model
             given = kwargs if config is None else kwargs | {"config": config}
             theirs, info = AUTO_CLASSES[cls.task].from_pretrained(name, output_loading_info=True, **given)
         except OSError as error:
             raise OSError(_explain(error, name)) from error
         config = translate_config(theirs.config)
+        drawn = set(info["missing_keys"])
+        _refuse_gaps((ours for ours, sources in weight_names(config, cls.task) if drawn & set(sources)), name)
         weights = from_hugging_face(theirs.state_dict(), config, cls.task)
-        loaded: Any = super().from_pretrained(
-            None, config=config, state_dict=weights, dtype=theirs.dtype, output_loading_info=True
-        )
-        model, fit = loaded
-        has_own_head = cls.task is None and not issubclass(cls, LongspanModel)
-        missing = [key for key in fit["missing_keys"] if key.startswith("longspan.") or not has_own_head]
-        if missing or fit["unexpected_keys"]:
-            summary = f"the weights of {name} do not fill a {cls.__name__}"
-            raise ValueError(mismatch(summary, fit["unexpected_keys"], missing))
+        model = super().from_pretrained(None, config=config, state_dict=weights, dtype=theirs.dtype)
         model.name_or_path = model.config.name_or_path = str(name)
         return (model, info) if wants_info else model
 
@@ -97,12 +95,12 @@ class Head(nn.Module):
     def __init__(self, config: HeadConfig, width: int):
         super().__init__()
         self.input_drop, self.drop = nn.Dropout(config.input_dropout), nn.Dropout(config.dropout)
-        self.dense = self.activation = self.norm = nn.Identity()
-        if config.activation is not None:
-            self.dense = nn.Linear(width, width, bias=config.dense_bias)
-            self.activation = activation(config.activation)
-        if config.activation is not None and config.norm_eps is not None:
-            self.norm = nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+        name, eps = config.activation, config.norm_eps
+        self.dense = nn.Identity() if name is None else nn.Linear(width, width, bias=config.dense_bias)
+        self.activation = nn.Identity() if name is None else activation(name)
+        self.norm = nn.Identity()
+        if name is not None and eps is not None:
+            self.norm = nn.LayerNorm(width, eps=eps, bias=config.norm_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.norm(self.activation(self.dense(self.input_drop(x)))))
@@ -140,6 +138,7 @@ class LongspanModel(LongspanPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """attention_mask and global_attention_mask: [B, N], nonzero = token, nonzero = global token.
 
+        The states of padding are finite, reach nothing, and are not Hugging Face's where that lets padding look around.
         output_attentions raises NotImplementedError: no backend holds an N x N matrix.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
@@ -175,12 +174,21 @@ def _model_type(source: Any, kwargs: dict[str, Any]) -> str:
     if isinstance(source, PreTrainedConfig):
         return source.model_type
     fields, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+    if not fields:
+        raise OSError(f"{source} holds no config.json, or an empty one: name a directory that save_pretrained wrote")
     model_type = fields.get("model_type")
     if not model_type:
         raise ValueError(f'the config.json of {source} has no "model_type"; longspan cannot tell which family it is')
     if model_type != "longspan":
         family_of(model_type)
     return model_type
+
+
+def _refuse_gaps(missing: Iterable[str], name: Any) -> None:
+    """ValueError for a checkpoint without a part of its body; a head or pooler may be missing, transformers warns."""
+    lost = [key for key in missing if key.removeprefix("longspan.").startswith(("embeddings.", "encoder."))]
+    if lost:
+        raise ValueError(mismatch(f"the checkpoint {name} is not complete", (), lost))
 
 
 def _explain(error: OSError, name: Any) -> str:

@@ -1,0 +1,1 @@
+"""Tasks: labelled examples in, the metrics of the field out."""

@@ -1,0 +1,1 @@
+"""Training runs on transformers.Trainer: the rows they see, how rows are built, and what they optimize."""

@@ -1,7 +1,7 @@
 """Documents and questions with known evidence, as arrays: what the evidence reader learns and is judged on.
 
-The data folder holds `boolq_articles`, `fever` and `multirc` in ERASER's format (DeYoung et al. 2020) and `xquad` in SQuAD's.
-A word is what `str.split()` gives; evidence is a range of words. W words, T tokens, A articles, S sentences.
+The data folder holds `boolq_articles`, `fever` and `multirc` in ERASER's format (DeYoung et al. 2020) and `xquad` in
+SQuAD's. A word is what `str.split()` gives; evidence is a range of words. W words, T tokens, A articles, S sentences.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ class EvidenceRow:
 
 
 def load_articles(data: str | Path, cache: str | Path, tokenizer: Any) -> Articles:
-    """All articles under `data`, tokenized once and kept under `cache`. Raises FileNotFoundError naming what is missing."""
+    """All articles under `data`, tokenized once and kept under `cache`.
+
+    Raises FileNotFoundError naming what is missing.
+    """
     cache = Path(cache)
     if not (cache / "names.json").exists():
         _build(Path(data), cache, tokenizer)
@@ -97,7 +101,7 @@ def load_articles(data: str | Path, cache: str | Path, tokenizer: Any) -> Articl
 
 
 def load_rows(data: str | Path, articles: Articles, source: str, split: str) -> list[EvidenceRow]:
-    """Rows of one split that have evidence in a known article; repeated questions on the same evidence are kept once."""
+    """Rows of one split with evidence in a known article; repeated questions on the same evidence are kept once."""
     path = _existing(Path(data) / source / f"{split}.jsonl", Path(data) / source / f"{split}.jsonl.xz")
     index, rows = articles.index, {}
     for record in _records(path):
@@ -109,7 +113,7 @@ def load_rows(data: str | Path, articles: Articles, source: str, split: str) -> 
         spans = _merged([(first, min(last, end - start)) for first, last in spans if first < min(last, end - start)])
         question = record["query"].split("||")[0].strip()
         if source == "fever":
-            question = " ".join(TREEBANK.get(word, word) for word in question.rstrip(" .").split())
+            question = " ".join(plain_words(question.rstrip(" .")))
         if spans:
             key = (question, article, tuple(spans)) if source == "multirc" else record["id"]
             rows.setdefault(
@@ -146,6 +150,11 @@ def load_xquad_rows(data: str | Path, articles: Articles) -> list[EvidenceRow]:
     return rows
 
 
+def plain_words(text: str) -> list[str]:
+    """The words of a text, with brackets and quotes for the treebank's names of them."""
+    return [str(TREEBANK.get(word, word)) for word in text.split()]
+
+
 def title_of(articles: Articles, article: int) -> list[str]:
     """The words of an article's title: boolq_articles print it in capitals before the text."""
     start, end = articles.bounds(article)
@@ -157,7 +166,9 @@ def title_of(articles: Articles, article: int) -> list[str]:
 def interval_iou(windows: Array, evidence: Array) -> Array:
     """Intersection over union of every window [M, 2] with every evidence span [G, 2] -> [M, G]."""
     windows, evidence = np.asarray(windows), np.asarray(evidence)
-    shared = np.minimum(windows[:, None, 1], evidence[None, :, 1]) - np.maximum(windows[:, None, 0], evidence[None, :, 0])
+    shared = np.minimum(windows[:, None, 1], evidence[None, :, 1]) - np.maximum(
+        windows[:, None, 0], evidence[None, :, 0]
+    )
     shared = shared.clip(min=0)
     lengths = (windows[:, 1] - windows[:, 0])[:, None] + (evidence[:, 1] - evidence[:, 0])[None]
     return shared / np.maximum(lengths - shared, 1)
@@ -194,7 +205,7 @@ def _documents(data: Path) -> Iterator[tuple[str, list[list[str]]]]:
     """("source/id", sentences as lists of words) of every article."""
     for source in SOURCES[:-1]:
         for record in _records(_existing(data / source / "docs.jsonl", data / source / "docs.jsonl.xz")):
-            lines = ([TREEBANK.get(word, word) for word in line.split()] for line in record["text"].split("\n"))
+            lines = map(plain_words, record["text"].split("\n"))
             yield f"{source}/{record['id']}", [line for line in lines if line]
     for document in _xquad(data):
         yield f"xquad/{document['title']}", [paragraph["context"].split() for paragraph in document["paragraphs"]]
@@ -224,7 +235,7 @@ def _build(data: Path, cache: Path, tokenizer: Any) -> None:
 
     bounds = np.array(first_word)
     frequency = np.zeros(len(tokenizer))
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         frequency[np.unique(tokens[first_token[start] : first_token[end]])] += 1
     arrays = {
         "first_word": bounds,

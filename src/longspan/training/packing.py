@@ -1,8 +1,9 @@
 """Short training rows that stand for long documents: the evidence among hard negatives, at a random place.
 
-A natural article teaches that answers stand near its start; a packed row holds the evidence with its neighborhood, the article's opening, the
-pieces of the article that share most words with the question, and pieces of other articles, half of the time in random order.
-Everything is a pure function of the row and of the generator that it is given. W words, T tokens, M windows, S sentences.
+A natural article teaches that answers stand near its start; a packed row holds the evidence with its neighborhood,
+the article's opening, the pieces of the article that share most words with the question, and pieces of other
+articles, half of the time in random order. Everything is a pure function of the row and of the generator that it is
+given. W words, T tokens, M windows, S sentences.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ Span = tuple[int, int]  # words, flat indices
 
 _QUESTION_WORDS = ("is", "are", "was", "does", "do", "can", "did", "has", "is there", "what", "how", "who", "")
 _STOP_WORDS = frozenset(
-    "a an the of in on at by for to from with and or but as is are was were be been being it its he she they his her their this that these "
-    "those which who whom whose not no has have had do does did will would can could may might also than then there when where while".split()
+    re.findall(
+        r"\w+",
+        "a an the of in on at by for to from with and or but as is are was were be been being it its he she they his "
+        "her their this that these those which who whom whose not no has have had do does did will would can could "
+        "may might also than then there when where while",
+    )
 )
 
 
 class PackedRow(NamedTuple):
-    """document_ids [T]; windows [M, 2] and sentences [S, 2] are token ranges, with labels [M] and [S]: is it evidence?"""
+    """document_ids [T]; windows [M, 2] and sentences [S, 2] as token ranges; labels [M] and [S], True = evidence."""
 
     document_ids: Array
     windows: Array
@@ -83,7 +88,10 @@ def pack_row(
 
 
 def join(articles: Articles, spans: list[Span], evidence: Array, *, phase: int = 0) -> PackedRow:
-    """Pieces of articles one after the other, with the windows and sentences of the whole labelled. evidence: flat words."""
+    """Pieces of articles one after the other, with the windows and sentences of the whole labelled.
+
+    evidence [G, 2]: flat words. phase: first word of the first window.
+    """
     tokens, lengths, found, sentences = [], [], [], []
     words = 0
     for start, end in spans:
@@ -116,10 +124,10 @@ def join(articles: Articles, spans: list[Span], evidence: Array, *, phase: int =
 
 
 def invent_question(articles: Articles, article: int, rng: np.random.Generator) -> tuple[str, Array] | None:
-    """A question that one sentence of an article answers, and where: the inverse cloze task (Lee et al. 2019, section 4).
+    """A question that a sentence of an article answers, and where: inverse cloze (Lee et al. 2019, section 4).
 
-    The question is the title and some words of the sentence in the style of a search query. evidence [1, 2]: the sentence with some of
-    its neighborhood, as words of the article. None for articles too short.
+    The question is the title and some words of the sentence in the style of a search query. evidence [1, 2]: the
+    sentence with some of its neighborhood, as words of the article. None for articles too short.
     """
     offset, stop = articles.bounds(article)
     starts = np.append(articles.sentence_starts(offset, stop), stop)
@@ -185,15 +193,16 @@ def _own_negatives(articles, bounds: Span, evidence: Array, taken: Span, questio
         return []
     order = np.argsort(-relevance(articles, question_ids, pieces), kind="stable")
     chosen = [0] if pieces[0][0] == offset and rng.random() < 0.8 else []
-    for number in rng.permutation(order[:7])[: 3 if rng.random() < 0.7 else 5]:
+    hard, easy = (2, 0) if rng.random() < 0.5 else (4, 2)  # few leave room for other articles
+    for number in rng.permutation(order[:7])[:hard]:
         if number not in chosen:
             chosen.append(int(number))
     rest = [int(number) for number in rng.permutation(order) if number not in chosen]
-    return [pieces[number] for number in chosen + rest[:2]]
+    return [pieces[number] for number in chosen + rest[:easy]]
 
 
 def _foreign_negatives(articles, others: Array, question_ids: Array, room: int, rng) -> list[Span]:
-    """Pieces of other articles, half of them openings; of a random two dozen the ones that resemble the question come first."""
+    """Pieces of other articles, half of them openings; of two dozen at random those most like the question first."""
     pool: list[Span] = []
     for article in rng.choice(others, 24):
         start, stop = articles.bounds(article)

@@ -1,31 +1,45 @@
-"""Training of the evidence reader on transformers.Trainer: from a 512-token encoder to a scorer of passages in documents of any length."""
+"""Training of the evidence reader on transformers.Trainer: an encoder of 512 tokens learns to find passages."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
+from longspan.inference.windows import select_disjoint
+from longspan.models.convert import to_long
 from longspan.models.evidence import LongspanForEvidence
 from longspan.training.evidence_rows import (
     Array,
     Articles,
     EvidenceRow,
+    interval_iou,
     load_articles,
     load_rows,
     load_xquad_rows,
 )
 from longspan.training.packing import PackedRow, batch_rows, invent_question, pack_row
-from longspan.training.reading import LONGEST_QUESTION, held_out_hits, tokenize_question
+from longspan.training.reading import (
+    HIT_IOU,
+    LONGEST_QUESTION,
+    Document,
+    fit_calibration,
+    hits,
+    read_held_out,
+    summarize,
+    tokenize_question,
+)
 
-# Share of the rows from each source at the first and at the last step. There are few questions of the kind that the reader is for, so the
+# Share of the rows from each source at the first and at the last step. There are few questions of the kind that the
+# reader is for, so the
 # plentiful others teach first.
 MIXTURE = {
     "boolq_articles": (0.40, 0.65),
@@ -42,11 +56,14 @@ MASKED_FRACTION = 0.1  # of the document tokens, against learning the few articl
 class ReaderTraining:
     """Everything that decides a training run of the reader.
 
-    base: directory or hub name of a BERT-like sentence encoder. data: folder with boolq_articles, fever, multirc and xquad.
-    output: receives the token cache, the checkpoints and at last the model; a run that finds checkpoints there goes on from the newest.
+    base: directory or hub name of a BERT-like sentence encoder. data: folder with boolq_articles, fever, multirc and
+    xquad.
+    output: receives the token cache, the checkpoints and at last the model; a run that finds checkpoints there goes
+    on from the newest.
     batch: rows a step, each of tokens_per_row tokens. scorer_rate: multiple of learning_rate for the scorers.
-    held_out: training questions kept for model selection and calibration, whole articles at a time; monitored of them are read
-    every evaluate_steps. threads: None leaves torch's setting.
+    held_out: training questions kept for model selection and calibration, whole articles at a time; monitored of them
+    are read every evaluate_steps and the last `calibrated` of them fit the probabilities    every evaluate_steps.
+    threads: None leaves torch's setting.
     """
 
     base: str
@@ -60,6 +77,7 @@ class ReaderTraining:
     warmup_steps: int = 40
     held_out: int = 250
     monitored: int = 100
+    calibrated: int = 125
     evaluate_steps: int = 400
     save_steps: int = 50
     log_steps: int = 20
@@ -76,7 +94,7 @@ class ReaderTraining:
 
 
 class TrainingRows(torch.utils.data.Dataset):
-    """Row i of a run: a question and a packed document, a pure function of (seed, i), so that a resumed run sees the same rows."""
+    """Row i of a run: a question and a packed document. Pure in (seed, i), so a resumed run sees the same."""
 
     def __init__(
         self,
@@ -135,15 +153,16 @@ class TrainingRows(torch.utils.data.Dataset):
 
 
 class ReaderTrainer(Trainer):
-    """Trainer whose rows come in their own order, with hits and speed in its log and whole documents in its evaluation."""
+    """Trainer that keeps the rows' order, logs hits and speed, and evaluates on whole documents."""
 
-    def __init__(self, *, monitor: Callable[[], dict[str, float]], **kwargs):
+    def __init__(self, *, monitor: Callable[[], dict[str, float | None]], **kwargs):
         super().__init__(**kwargs)
         self.monitor = monitor
         self.hits, self.rows_seen, self.tokens_seen, self.since = 0.0, 0, 0, time.perf_counter()
 
     def _get_train_sampler(self, train_dataset=None):
-        return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        assert isinstance(self.train_dataset, TrainingRows)
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -198,8 +217,14 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
         batch["position_offsets"] = np.array([offset for _, _, offset in examples])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def monitor() -> dict[str, float]:
-        return held_out_hits(model, articles, held_out[: config.monitored], tokenizer, bf16=config.bf16, fillers=allowed)
+    read = partial(read_held_out, model, articles, tokenizer, bf16=config.bf16, fillers=allowed)
+
+    def monitor() -> dict[str, float | None]:
+        found = [
+            (hits(windows[select_disjoint(windows, scores, 3)], document.evidence), row.starts_late)
+            for row, document, windows, scores in read(held_out[: config.monitored], conditions=("as_is",))
+        ]
+        return summarize([hit for hit, _ in found], [late for _, late in found])
 
     trainer = ReaderTrainer(
         model=model,
@@ -231,16 +256,31 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
         optimizers=(optimizer, None),
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(output))
+    model.config.calibration = calibrate(read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
     model.config.training = asdict(config) | {"base": Path(config.base).name, "data": None, "output": None}
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     return output / "model"
 
 
+def calibrate(readings: Iterable[tuple[EvidenceRow, Document, Array, Tensor]]) -> list[float]:
+    """Weights for `LongspanForEvidence.passage_probability`, from the three best passages of each held-out document."""
+    features, labels = [], []
+    for _, document, windows, scores in readings:
+        best = select_disjoint(windows, scores, 3)
+        shares = scores - scores.logsumexp(0)
+        features += [(float(shares[number]), float(scores[number])) for number in best]
+        labels += list(interval_iou(windows[best], document.evidence).max(1) >= HIT_IOU)
+    return fit_calibration(np.array(features), np.array(labels))
+
+
 def split_rows(
     config: ReaderTraining, articles: Articles
 ) -> tuple[dict[str, list[EvidenceRow]], list[EvidenceRow], Array]:
-    """(training rows by source, held-out rows, articles allowed in any role). No evaluation article, nor a copy of one, is among them."""
+    """(training rows by source, held-out rows, articles allowed in any role).
+
+    No evaluation article, nor a copy of one, is among them; no article of a held-out row in the first and the last.
+    """
     boolq = [row for row in load_rows(config.data, articles, "boolq_articles", "train") if _is_clean(row, articles)]
     rng = np.random.default_rng(config.seed)
     unseen: set[int] = set()
@@ -265,17 +305,19 @@ def split_rows(
 
 
 def untrained_reader(base: str) -> LongspanForEvidence:
-    """A reader from a 512-token encoder: a window of 128 tokens on each side, periodic positions, scorers that start as cosine."""
-    from longspan.models.convert import to_long
-
-    long = to_long(base, max_tokens=None, window=256)
+    """A reader from an encoder of 512 tokens: windows of 128 tokens a side, periodic positions, cosine scorers."""
+    long = to_long(AutoModel.from_pretrained(base, add_pooling_layer=False), max_tokens=None, window=256)
+    long.config.embeddings["dropout"] = (
+        0.0  # masked tokens take its place: dropout inside attention costs a third of the speed
+    )
+    long.config.encoder |= {"dropout": 0.0, "attention_dropout": 0.0}
     model = LongspanForEvidence(long.config)
     model.longspan.load_state_dict(long.state_dict())
     return model
 
 
 def newest_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that is complete: the Trainer writes trainer_state.json last, and a killed run may leave a torso."""
+    """The newest complete checkpoint: the Trainer writes trainer_state.json last, a killed run leaves a torso."""
     done = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
     return str(max(done, key=lambda path: int(path.name.split("-")[1]))) if done else None
 

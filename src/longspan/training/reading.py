@@ -1,14 +1,14 @@
-"""Whole documents put to the reader: the hits it is judged by, in training on held-out questions and in evaluation on dev."""
+"""Whole documents put to the reader, and the hits it is judged by, in training (held-out questions) as on dev."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from longspan.inference.windows import candidate_windows, select_disjoint
+from longspan.inference.windows import candidate_windows
 from longspan.training.evidence_rows import Array, Articles, EvidenceRow, interval_iou
 
 BURIED_WORDS = 6000
@@ -19,20 +19,35 @@ Condition = Literal["as_is", "buried"]
 
 
 class Document(NamedTuple):
-    """What is read for a question. pieces: flat word ranges of the collection. token_ids [T]; first_token [W + 1]; evidence [G, 2] words."""
+    """What is read for a question.
+
+    pieces: flat word ranges of the collection. token_ids [T]; first_token [W + 1]; evidence [G, 2] in words.
+    """
 
     pieces: list[tuple[int, int]]
     token_ids: Array
     first_token: Array
     evidence: Array
 
+    @property
+    def num_words(self) -> int:
+        return len(self.first_token) - 1
+
+    def cut(self, max_tokens: int) -> Document:
+        """The whole words among the first `max_tokens` tokens; the evidence stays where it is, within reach or not."""
+        words = int(np.searchsorted(self.first_token, max_tokens, "right")) - 1
+        return self._replace(
+            token_ids=self.token_ids[: self.first_token[words]], first_token=self.first_token[: words + 1]
+        )
+
 
 def document_of(
     articles: Articles, row: EvidenceRow, condition: Condition, *, seed: int = 0, fillers: Array | None = None
 ) -> Document:
-    """The article of a question, alone or "buried" behind exactly 6,000 words of other articles drawn for this question.
+    """The article of a question, alone or "buried" behind exactly 6,000 words of others drawn for this question.
 
-    fillers: articles to draw from; all of the boolq_articles when None. The draw depends on seed and the question's id only.
+    fillers: articles to draw from; all of the boolq_articles when None. The draw depends on seed and the question's
+    id only.
     """
     pieces = [articles.bounds(row.article)]
     offset = 0
@@ -69,7 +84,7 @@ def token_spans(first_token: Array, windows: Array) -> torch.Tensor:
 
 def score_document(model: Any, question_ids: Array, document: Document) -> tuple[Array, Array]:
     """(candidate windows in words [M, 2], their scores [M])."""
-    windows = candidate_windows(len(document.first_token) - 1, LENGTH, STRIDE)
+    windows = candidate_windows(document.num_words, LENGTH, STRIDE)
     scores = model.score_windows(
         torch.from_numpy(question_ids), torch.from_numpy(document.token_ids), token_spans(document.first_token, windows)
     )
@@ -100,17 +115,44 @@ def summarize(found: Sequence[tuple[bool, bool]], late: Sequence[bool]) -> dict[
     }
 
 
-def held_out_hits(
-    model: Any, articles: Articles, rows: Sequence[EvidenceRow], tokenizer: Any, *, bf16: bool, condition: Condition = "as_is", fillers: Array | None = None
-) -> dict[str, float | None]:
-    """`summarize` of the reader on whole documents."""
-    found = []
+def read_held_out(
+    model: Any,
+    articles: Articles,
+    tokenizer: Any,
+    rows: Sequence[EvidenceRow],
+    *,
+    bf16: bool,
+    conditions: Sequence[Condition] = ("as_is",),
+    fillers: Array | None = None,
+) -> Iterator[tuple[EvidenceRow, Document, Array, torch.Tensor]]:
+    """(row, document, candidate windows [M, 2], their scores [M]) of every question under every condition."""
     was_training = model.training
     model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for row in rows:
+    for row in rows:
+        question_ids = tokenize_question(tokenizer, row.question)
+        for condition in conditions:
             document = document_of(articles, row, condition, fillers=fillers)
-            windows, scores = score_document(model, tokenize_question(tokenizer, row.question), document)
-            found.append(hits(windows[select_disjoint(windows, scores, 3)], document.evidence))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                windows, scores = score_document(model, question_ids, document)
+            yield row, document, windows, torch.from_numpy(scores)
     model.train(was_training)
-    return summarize(found, [row.starts_late for row in rows])
+
+
+def fit_calibration(features: Array, labels: Array) -> list[float]:
+    """Weights [F + 1] of a logistic regression, bias last, by Newton's method. features [n, F], labels Bool[n]."""
+    inputs = np.hstack((features, np.ones((len(features), 1))))
+    weights = np.zeros(inputs.shape[1])
+    for _ in range(50):
+        predicted = 1 / (1 + np.exp(-inputs @ weights))
+        gradient = inputs.T @ (predicted - labels) + 1e-3 * weights
+        curvature = (inputs * (predicted * (1 - predicted))[:, None]).T @ inputs + 1e-3 * np.eye(len(weights))
+        weights -= np.linalg.solve(curvature, gradient)
+    return [float(weight) for weight in weights]
+
+
+def calibration_error(probabilities: Array, labels: Array, bins: int = 10) -> float:
+    """Expected calibration error (Naeini et al. 2015) over bins of equal counts (Nguyen and O'Connor 2015)."""
+    order = np.argsort(probabilities)
+    parts = np.array_split(order, bins)
+    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in parts if len(part)]
+    return float(sum(gaps) / len(labels))

@@ -1,25 +1,26 @@
 """Attention within a band: a block of queries meets only the keys within reach, and the extra keys.
 
-Cost and memory grow with N * reach. Between forward and backward only q, k, v, out and the log of each row's softmax
-sum are kept; the backward pass computes the probabilities again, block by block, as FlashAttention does
-(arXiv 2205.14135, algorithm 4). All of it is one torch operator: torch.compile sees a single node.
-
-Shapes: B batch, H heads, N tokens, D head width, T tiles of one step, S query rows and K keys of a tile.
+Every query row is in exactly one step of the band and, where there are extra keys, in one more that holds the extra
+keys beyond its reach: a key that is both near and extra is met once. Any number of tokens, nothing is padded or copied.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.band_steps import plan_steps
-from longspan.attention.patterns import pattern_from_parts, pattern_to_parts
+from longspan.attention.backends.steps import Step, slices
+from longspan.attention.patterns import Pattern
 from longspan.attention.request import Request
 
-SCORES_IN_CACHE = 2**20  # float32 scores of one step: 4 MiB
-SCORES_NOT_STORED = 2**24  # the fused kernel stores only the bias, which all heads share
+MIN_BLOCK, MAX_BLOCK = 64, 256  # query rows of a tile: near the reach, so that few of its scores lie outside the band
+KEYS_MULTIPLE = 32  # torch's fused kernel for CPU takes up to twice the time for other numbers of keys
+EXTRA_ROWS = 512  # query rows that meet the extra keys in one step
+_OWN_BIAS, _SHARED_BIAS, _PADDING = 0, 1, 2  # kinds of blocks
 
 
 def unsupported(request: Request) -> str | None:
@@ -30,167 +31,107 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def run(request: Request) -> tuple[Tensor, Tensor]:
-    text, tensors = pattern_to_parts(request.pattern)
-    seed = torch.randint(2**62, ()) if request.dropout else None
-    q, k, v = request.q, request.k, request.v
-    return attend_banded(q, k, v, text, tensors, request.token_mask, seed, request.scale, request.dropout)
+def plan_band(pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_scores: int) -> Iterator[Step]:
+    """The steps for q, k, v of one shape [B, H, N, D]. The same inputs give the same steps in the same order.
+
+    max_scores: bound on T * H * S * K, except that a step holds at least one tile of one head.
+    """
+    plan = _BandPlan(pattern, q, token_mask, max_scores)
+    for first in range(plan.stride):
+        yield from plan.lane(slice(first, None, plan.stride))
+    yield from plan.extra()
 
 
-@torch.library.custom_op("longspan::banded", mutates_args=())
-def attend_banded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: str,
-    tensors: list[Tensor],
-    token_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """out [B, H, N, D] and lse [B, H, N] for q, k, v [B, H, N, D] and a pattern in parts."""
-    q, k, v = (_rows(tensor) for tensor in (q, k, v))
-    out, lse = _empty_like_rows(q), _empty_lse(q)
-    fused = q.device.type == "cpu" and not dropout
-    drop = _Dropout(dropout, seed, q.device)
-    max_scores = SCORES_NOT_STORED if fused else SCORES_IN_CACHE
-    for step in plan_steps(pattern_from_parts(pattern, tensors), q, token_mask, max_scores):
-        tiles = step.query_view(q), step.key_view(k), step.key_view(v), step.bias
-        part, part_lse = _attend_fused(*tiles, scale) if fused else _attend_plain(*tiles, scale, drop)
-        out_view, lse_view = step.query_view(out), step.query_view(lse)
-        if step.columns is not None:  # the band of these rows is in place already
-            part, part_lse = _merge(out_view, lse_view, part, part_lse)
-        out_view.copy_(part)
-        lse_view.copy_(part_lse)
-    return out, lse.squeeze(-1)
+class _BandPlan:
+    def __init__(self, pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_scores: int):
+        reach = pattern.reach()
+        assert reach is not None
+        self.pattern, self.q, self.token_mask, self.max_scores = pattern, q, token_mask, max_scores
+        self.batch, self.heads, self.tokens, _ = q.shape
+        self.before, self.after = min(reach.before, self.tokens), min(reach.after, self.tokens)
+        self.stride = min(max(reach.step, 1), self.tokens)
+        self.extra_keys = pattern.extra_keys()
+        if self.extra_keys is not None and token_mask is not None:
+            self.extra_keys = self.extra_keys & token_mask
 
+    def lane(self, lane: slice) -> Iterator[Step]:
+        """The band over every `stride`-th token. Lengths and positions in here count tokens of the lane."""
+        tokens = len(range(self.tokens)[lane])
+        before, after = self.before // self.stride, self.after // self.stride
+        before += -(before + after) % KEYS_MULTIPLE
+        block = min(MAX_BLOCK, max(MIN_BLOCK, 1 << max(before, after, 1).bit_length() - 1))
+        inner = range(-(-before // block), (tokens - after) // block)  # blocks with a full band
+        for number in range(-(-tokens // block)):
+            if number not in inner:
+                start, stop = number * block, min(tokens, (number + 1) * block)
+                first_key = max(0, start - before)
+                yield from self._edge(lane, start, stop - start, first_key, min(tokens, stop + after) - first_key)
+        if inner:
+            yield from self._inner(lane, inner, block, before, before + block + after)
 
-@attend_banded.register_fake
-def _(q, k, v, pattern, tensors, token_mask, seed, scale, dropout):
-    return _empty_like_rows(q), _empty_lse(q).squeeze(-1)
+    def extra(self) -> Iterator[Step]:
+        """All rows with the extra keys beyond their reach."""
+        if self.extra_keys is None:
+            return
+        heads, lane = slice(0, self.heads), slice(0, None, 1)
+        for row in range(self.batch):
+            columns = self.extra_keys[row].nonzero().squeeze(1)
+            number = len(columns)
+            if not number:
+                continue
+            filled = torch.arange(number + -number % KEYS_MULTIPLE, device=columns.device)
+            columns = columns[filled.clamp(max=number - 1)]
+            for rows in slices(self.tokens, min(EXTRA_ROWS, self.max_scores // (self.heads * len(columns)))):
+                batch, queries = slice(row, row + 1), rows.stop - rows.start
+                step = Step(batch, heads, lane, rows.start, queries, 0, number, columns=columns, merges=True)
+                yield from self._finish(step)
 
+    def _edge(self, lane: slice, start: int, queries: int, first_key: int, keys: int) -> Iterator[Step]:
+        """One block, of all batch rows at once."""
+        for heads in slices(self.heads, self.max_scores // (queries * keys)):
+            for batch in slices(self.batch, self.max_scores // (queries * keys * (heads.stop - heads.start))):
+                yield from self._finish(Step(batch, heads, lane, start, queries, first_key, keys))
 
-@torch.library.custom_op("longspan::banded_backward", mutates_args=())
-def attend_banded_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    pattern: str,
-    tensors: list[Tensor],
-    token_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    q, k, v, grad_out = (_rows(tensor) for tensor in (q, k, v, grad_out))
-    wide = lse.dtype
-    delta = (grad_out.to(wide) * out).sum(-1, keepdim=True)  # [B, H, N, 1]
-    if grad_lse is not None:
-        delta -= grad_lse[..., None]
-    lse = lse[..., None].masked_fill(lse[..., None] == -math.inf, math.inf)  # exp(score - inf) = 0 in blind rows
-    grad_q, grad_k, grad_v = (torch.zeros(q.shape, dtype=wide, device=q.device) for _ in range(3))
-    drop = _Dropout(dropout, seed, q.device)
-    for step in plan_steps(pattern_from_parts(pattern, tensors), q, token_mask, SCORES_IN_CACHE):
-        queries, keys, values = step.query_view(q), step.key_view(k), step.key_view(v)
-        grad = step.query_view(grad_out)
-        probabilities = _scores(queries, keys, step.bias, scale).sub_(step.query_view(lse)).exp_()  # [T, H, S, K]
-        grad_probabilities = grad.to(wide) @ values.to(wide).mT
-        dropped = probabilities
-        if dropout:
-            keep = drop.draw(probabilities)
-            dropped, grad_probabilities = probabilities * keep, grad_probabilities.mul_(keep)
-        grad_scores = grad_probabilities.sub_(step.query_view(delta)).mul_(probabilities).to(q.dtype)
-        step.add_to_keys(grad_v, dropped.to(q.dtype).mT @ grad)
-        step.add_to_keys(grad_k, (grad_scores.mT @ queries).mul_(scale))
-        step.query_view(grad_q).add_(grad_scores @ keys, alpha=scale)
-    results = []
-    for total in (grad_q, grad_k, grad_v):
-        results.append(_empty_like_rows(q).copy_(total))
-    return results[0], results[1], results[2]
+    def _inner(self, lane: slice, inner: range, block: int, before: int, width: int) -> Iterator[Step]:
+        """Many blocks of one batch row in a step. Blocks that look alike, as most do, share one bias."""
+        kinds = self._kinds(lane, inner, block, before, width)
+        for heads in slices(self.heads, self.max_scores // (block * width)):
+            tiles_per_step = self.max_scores // (block * width * (heads.stop - heads.start))
+            shared = None
+            for row in range(self.batch):
+                for kind, run in groupby(inner, lambda number, row=row: kinds[row][number - inner.start]):
+                    numbers = list(run)
+                    for part in slices(len(numbers), tiles_per_step) if kind != _PADDING else ():
+                        start, tiles = numbers[part.start] * block, part.stop - part.start
+                        step = Step(slice(row, row + 1), heads, lane, start, block, start - before, width, tiles, block)
+                        if kind == _OWN_BIAS:
+                            yield from self._finish(step)
+                            continue
+                        if shared is None:
+                            shared = next(self._finish(replace(step, tiles=1))).bias
+                        yield replace(step, bias=shared)
 
+    def _kinds(self, lane: slice, inner: range, block: int, before: int, width: int) -> list[list[int]]:
+        """The kind of each inner block, for each batch row."""
+        kinds = torch.full((self.batch, len(inner)), _SHARED_BIAS if self.pattern.shift_invariant() else _OWN_BIAS)
+        for special in (self.extra_keys, None if self.token_mask is None else ~self.token_mask):
+            if special is not None:
+                keys = special[:, lane][:, inner.start * block - before : (inner.stop - 1) * block - before + width]
+                kinds[keys.unfold(1, width, block).any(-1).cpu()] = _OWN_BIAS
+        if self.token_mask is not None:
+            queries = self.token_mask[:, lane][:, inner.start * block : inner.stop * block]
+            kinds[~queries.unfold(1, block, block).any(-1).cpu()] = _PADDING
+        return kinds.tolist()
 
-@attend_banded_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, seed, scale, dropout):
-    return _empty_like_rows(q), _empty_like_rows(q), _empty_like_rows(q)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.pattern, tensors, token_mask, seed, ctx.scale, ctx.dropout = inputs
-    ctx.save_for_backward(q, k, v, *output, token_mask, seed, *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, token_mask, seed, *tensors = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = attend_banded_backward(
-        grad_out, grad_lse, q, k, v, out, lse, ctx.pattern, tensors, token_mask, seed, ctx.scale, ctx.dropout
-    )
-    return *grads, None, [None] * len(tensors), None, None, None, None
-
-
-attend_banded.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out [T, H, S, D] and lse [T, H, S, 1] by torch's flash kernel for CPU, which stores no scores."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q, k, v, attn_mask=bias, scale=scale)
-    blind = bias.amax(-1) == -math.inf  # there the kernel gives out 0, but lse 0 too
-    return out, lse.masked_fill(blind, -math.inf)[..., None]
-
-
-def _attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, drop: _Dropout
-) -> tuple[Tensor, Tensor]:
-    """The same with dropout, and on any device."""
-    scores = _scores(q, k, bias, scale)
-    lse = scores.logsumexp(-1, keepdim=True)
-    probabilities = scores.sub_(lse.masked_fill(lse == -math.inf, math.inf)).exp_()
-    if drop.fraction:
-        probabilities *= drop.draw(probabilities)
-    return probabilities.to(v.dtype) @ v, lse
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """[T, H, S, K], in float32 or wider: rounding scores to bfloat16 would cost two digits of every probability."""
-    return (q.to(bias.dtype) * scale @ k.to(bias.dtype).mT).add_(bias)
-
-
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax over the keys of two."""
-    share = torch.sigmoid(other_lse - lse).nan_to_num(0)  # NaN: -inf - -inf, neither sees a key
-    return torch.lerp(out.to(lse.dtype), other.to(lse.dtype), share), torch.logaddexp(lse, other_lse)
-
-
-class _Dropout:
-    """Factors for probabilities; the same seed draws the same factors in the same order again."""
-
-    def __init__(self, fraction: float, seed: Tensor | None, device: torch.device):
-        self.fraction = fraction
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
-
-    def draw(self, like: Tensor) -> Tensor:
-        kept = 1 - self.fraction
-        return torch.empty_like(like).bernoulli_(kept, generator=self.generator).div_(kept)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _empty_like_rows(q: Tensor) -> Tensor:
-    """[B, H, N, D] laid out as [B, N, H, D], so that joining the heads afterwards copies nothing."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
-def _empty_lse(q: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32))
+    def _finish(self, step: Step) -> Iterator[Step]:
+        indices = step.indices(self.q)
+        count = self.pattern.count(*indices)
+        if self.extra_keys is not None:  # those within reach belong to the band, the others to the extra steps
+            offset = indices[3] - indices[2]
+            near = (offset >= -self.before) & (offset <= self.after)
+            if self.stride > 1:
+                near = near & (offset % self.stride == 0)
+            count = count * (near if step.columns is None else ~near)
+        if step.columns is not None:
+            count = count * (torch.arange(len(step.columns), device=count.device) < step.keys)
+        yield from step.with_counts(count, indices, self.token_mask)

@@ -12,7 +12,7 @@ from longspan.attention.request import Request
 
 def run(request: Request) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(request.dtype, torch.float32)
-    q, k, v = (tensor.to(wide) for tensor in (request.q, request.k, request.v))
+    q, k, v = (tensor.to(wide) for tensor in request.without_padding())
     scores = q @ k.mT * request.scale + request.dense_count().to(wide).log()  # [B, H, M, N]
     blind = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(blind, 0)  # a softmax over nothing would make NaN gradients

@@ -16,7 +16,8 @@ def unsupported(request: Request) -> str | None:
 
 
 def run(request: Request) -> tuple[Tensor, None]:
-    q, k, v, pattern = request.q, request.k, request.v, request.pattern
+    q, k, v = request.without_padding()
+    pattern = request.pattern
     options = {"dropout_p": request.dropout, "scale": request.scale}
     if isinstance(pattern, Full) and request.token_mask is None and not (pattern.causal and _rows_moved(request)):
         return F.scaled_dot_product_attention(q, k, v, is_causal=pattern.causal, **options), None
