@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -45,13 +44,11 @@ def invoke(*arguments, **kwargs):
 
 def test_help_names_every_command_without_loading_torch():
     code = "import sys\nfrom longspan.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     for command in ("answer", "convert", "evaluate", "train"):
         assert command in done.stdout
     assert not {"torch", "transformers", "numpy"} & set(done.stdout.split())
-    assert time.perf_counter() - start < 5  # about 0.3 s; loading torch and transformers takes 5 times as long
 
 
 def test_version():

@@ -186,7 +186,7 @@ def test_question_answering_on_embeddings_says_that_it_sees_no_separators(caplog
     assert "pass global_attention_mask" in caplog.text
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "longformer", "modernbert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_rows_pool_their_first_token_where_hugging_face_pools_padding(family):
     theirs = tiny_model(family, "sequence_classification", initializer_range=0.2)
     ours = translated(theirs, "sequence_classification")
@@ -195,7 +195,9 @@ def test_left_padded_rows_pool_their_first_token_where_hugging_face_pools_paddin
     for part, pad in ((padded["input_ids"], theirs.config.pad_token_id), (padded["attention_mask"], 0)):
         part[1] = torch.cat((torch.full((4,), pad), part[1, :8]))
     positions = (
-        {"position_ids": torch.tensor([[0, 1, 2, 3, *range(8)]]).expand(2, -1)} if family == "distilbert" else {}
+        {"position_ids": torch.tensor([[0, 1, 2, 3, *range(8)]]).expand(2, -1)}
+        if family in ("bert", "distilbert")
+        else {}
     )
     alone = {name: part[1:, :8] for name, part in inputs.items()}
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Attention over long inputs: patterns say what may be seen, `attend` computes it."""
 
-from longspan.attention.attend import attend
+from longspan.attention.attend import Explanation, attend, explain
+from longspan.attention.draw import draw, draw_picture
 from longspan.attention.patterns import (
     PATTERNS,
     DilatedSegments,
@@ -16,6 +17,7 @@ from longspan.attention.patterns import (
 __all__ = [
     "PATTERNS",
     "DilatedSegments",
+    "Explanation",
     "Full",
     "GlobalKeys",
     "Pattern",
@@ -23,5 +25,8 @@ __all__ = [
     "SlidingWindow",
     "Union",
     "attend",
+    "draw",
+    "draw_picture",
+    "explain",
     "pattern_from_dict",
 ]

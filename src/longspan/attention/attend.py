@@ -5,6 +5,9 @@ Shapes: B batch, H heads, M queries, N keys, D head width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,34 @@ from longspan.attention.backends import BACKENDS, Backend, Request
 from longspan.attention.patterns import Pattern
 
 
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    token_mask: Tensor | None = ...,
+    query_positions: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    token_mask: Tensor | None = ...,
+    query_positions: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attend(
     q: Tensor,
     k: Tensor,
@@ -38,19 +69,75 @@ def attend(
     Raises ValueError for inputs that do not fit together, NotImplementedError where no backend can run them.
     """
     request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse)
-    out, lse = choose(request, backend).run(request)
+    out, lse = choose_backend(request, backend).run(request)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
 
 
-def choose(request: Request, backend: str = "auto") -> Backend:
-    """The backend that runs `request`: the named one, or the first that neither refuses nor expects to be slower."""
+@dataclass(frozen=True)
+class Explanation:
+    """Who computes a call of `attend`, and why the others do not. Print it.
+
+    backend: the one that "auto" takes; None where no backend can run the call.
+    reasons: for each other backend, in the order in which they are asked, why it does not run.
+    """
+
+    call: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        width = max(len(candidate.name) for candidate in BACKENDS)
+        lines = [f"attend({self.call})"]
+        for candidate in BACKENDS:
+            verdict = "runs it" if candidate.name == self.backend else self.reasons[candidate.name]
+            mark = ">" if candidate.name == self.backend else " "
+            lines.append(f"{mark} {candidate.name:{width}}  {verdict}")
+        return "\n".join(lines)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    token_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> Explanation:
+    """Which backend `attend` would take for these arguments, and why not the others. Computes no attention."""
+    request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse)
+    able = [candidate for candidate in BACKENDS if candidate.unsupported(request) is None]
+    chosen = _choose(request, able).name if able else None
+    reasons = {}
+    for candidate in BACKENDS:
+        refusal, objection = candidate.unsupported(request), candidate.slower(request)
+        if candidate.name == chosen:
+            continue
+        if refusal is not None:
+            reasons[candidate.name] = f"cannot: {refusal}"
+        elif objection is not None:
+            reasons[candidate.name] = f"could, but {objection}"
+        else:
+            reasons[candidate.name] = f"could, but {chosen} is asked before it"
+    grad = ", with gradients" if request.needs_grad else ""
+    call = (
+        f"q {list(q.shape)}, k {list(k.shape)}, {str(q.dtype).removeprefix('torch.')} on {q.device}{grad}: {pattern!r}"
+    )
+    return Explanation(call, chosen, reasons)
+
+
+def choose_backend(request: Request, backend: str) -> Backend:
+    """The named backend, or for "auto" the first that neither refuses nor expects to be slower than another."""
     if backend == "auto":
         able = [candidate for candidate in BACKENDS if candidate.unsupported(request) is None]
         if able:
-            return next((candidate for candidate in able if candidate.slower(request) is None), able[0])
+            return _choose(request, able)
         reasons = "\n".join(f"  {candidate.name}: {candidate.unsupported(request)}" for candidate in BACKENDS)
         raise NotImplementedError(f"no backend can run {request.pattern!r} on these inputs:\n{reasons}")
     for candidate in BACKENDS:
@@ -59,11 +146,15 @@ def choose(request: Request, backend: str = "auto") -> Backend:
             if reason is None:
                 return candidate
             raise NotImplementedError(
-                f"backend {backend!r} cannot run {request.pattern!r}: {reason}; "
-                f"backend='auto' would take another where there is one"
+                f"backend {backend!r} cannot run {request.pattern!r}: {reason}. "
+                f"A backend that is asked for by name never falls back; backend='auto' takes one that can, if any"
             )
     names = ", ".join(repr(candidate.name) for candidate in BACKENDS)
     raise ValueError(f"unknown backend {backend!r}; give 'auto' or one of {names}")
+
+
+def _choose(request: Request, able: list[Backend]) -> Backend:
+    return next((candidate for candidate in able if candidate.slower(request) is None), able[0])
 
 
 def make_request(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Index = TypeVar("Index", int, Tensor)
 
 
 class Reach(NamedTuple):
@@ -221,17 +223,18 @@ class DilatedSegments(Pattern):
                 f"got {self.offsets!r}"
             )
 
-    def offset(self, head: Tensor, stride: int) -> Tensor:
+    def offset(self, head: Index, stride: int) -> Index:
         """First position that `head` keeps in every segment of a branch."""
         return head * stride // self.heads if self.offsets == "grouped" else head % stride
 
     def count(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.long, device=query.device)
+        total = 0
         for length, stride in self.branches:
             start = self.offset(head, stride)
             same = query // length == key // length
             kept = (query % length % stride == start) & (key % length % stride == start)
-            total = total + (same & kept)
+            total = total + (same & kept).long()
+        assert isinstance(total, Tensor)  # there is at least one branch
         return total * (key <= query) if self.causal else total
 
     def check_fits(self, batch: int, heads: int, tokens: int, device: torch.device) -> None:
@@ -329,6 +332,9 @@ def _parts(pattern: Pattern) -> tuple[Pattern, ...]:
 def _encode(value: Any, tensors: list[Tensor] | None) -> Any:
     """JSON-able form. Tensors become nested lists or, where a list is given, move there and leave their index."""
     if isinstance(value, Pattern):
+        if PATTERNS.get(value.name) is not type(value):
+            kind = type(value).__name__
+            raise ValueError(f"pattern {kind} is not in PATTERNS; add it there: PATTERNS[{value.name!r}] = {kind}")
         described = {field.name: _encode(getattr(value, field.name), tensors) for field in fields(value)}  # type: ignore[arg-type]
         return {"type": value.name, **described}
     if isinstance(value, Tensor):

@@ -209,13 +209,14 @@ class LongspanForEvidence(LongspanPreTrainedModel):
 
     @contextmanager
     def _reporting(self, progress: Callable[[int, int], None] | None, start: int, end: int, total: int):
-        """Calls `progress` after every layer, as if each read its share of the tokens."""
+        """Calls `progress` after each layer's first pass, as if each read its share of the tokens."""
         if progress is None:
             yield
             return
         blocks = self.longspan.encoder.blocks
 
         def report(number: int, *_) -> None:
+            hooks[number - 1].remove()  # the question, read on its own afterwards, is no progress
             progress(start + number * (end - start) // len(blocks), total)
 
         hooks = [block.register_forward_hook(partial(report, number)) for number, block in enumerate(blocks, 1)]

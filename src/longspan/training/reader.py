@@ -263,13 +263,13 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     return output / "model"
 
 
-def calibrate(readings: Iterable[tuple[EvidenceRow, Document, Array, Tensor]]) -> list[float]:
+def calibrate(readings: Iterable[tuple[EvidenceRow, Document, Array, Array]]) -> list[float]:
     """Weights for `LongspanForEvidence.passage_probability`, from the three best passages of each held-out document."""
     features, labels = [], []
     for _, document, windows, scores in readings:
         best = select_disjoint(windows, scores, 3)
-        shares = scores - scores.logsumexp(0)
-        features += [(float(shares[number]), float(scores[number])) for number in best]
+        shares = scores - np.logaddexp.reduce(scores)
+        features += [(shares[number], scores[number]) for number in best]
         labels += list(interval_iou(windows[best], document.evidence).max(1) >= HIT_IOU)
     return fit_calibration(np.array(features), np.array(labels))
 

@@ -124,7 +124,7 @@ def read_held_out(
     bf16: bool,
     conditions: Sequence[Condition] = ("as_is",),
     fillers: Array | None = None,
-) -> Iterator[tuple[EvidenceRow, Document, Array, torch.Tensor]]:
+) -> Iterator[tuple[EvidenceRow, Document, Array, Array]]:
     """(row, document, candidate windows [M, 2], their scores [M]) of every question under every condition."""
     was_training = model.training
     model.eval()
@@ -134,7 +134,7 @@ def read_held_out(
             document = document_of(articles, row, condition, fillers=fillers)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 windows, scores = score_document(model, question_ids, document)
-            yield row, document, windows, torch.from_numpy(scores)
+            yield row, document, windows, scores
     model.train(was_training)
 
 

@@ -1,13 +1,14 @@
 """Every way to compute attention, in the order in which `attend` asks them."""
 
-from longspan.attention.backends import banded, reference, sdpa, segments, tiled
+from longspan.attention.backends import banded, flex, reference, sdpa, segments, tiled
 from longspan.attention.request import Backend, Request
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("segments", tiled.run, segments.unsupported),
-    Backend("banded", tiled.run, banded.unsupported),
+    Backend("segments", tiled.run, segments.unsupported, segments.slower),
+    Backend("banded", tiled.run, banded.unsupported, banded.slower),
     Backend("sdpa", sdpa.run, sdpa.unsupported),
-    Backend("reference", reference.run),
+    Backend("flex", flex.run, flex.unsupported, flex.slower),
+    Backend("reference", reference.run, slower=reference.slower),
 )
 
 __all__ = ["BACKENDS", "Backend", "Request"]

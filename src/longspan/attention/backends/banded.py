@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.steps import Step, slices
+from longspan.attention.backends.steps import Step, slices, slower_than_dense
 from longspan.attention.patterns import Pattern
 from longspan.attention.request import Request
 
@@ -29,6 +29,11 @@ def unsupported(request: Request) -> str | None:
     if request.query_positions is not None:
         return "query_positions may put rows anywhere, so there is no band"
     return None
+
+
+def slower(request: Request) -> str | None:
+    before, after, step = request.pattern.reach() or (0, 0, 0)
+    return slower_than_dense(request.k.shape[2], (before + after) // max(step, 1) + 1)
 
 
 def plan_band(pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_scores: int) -> Iterator[Step]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.steps import Step, slices
+from longspan.attention.backends.steps import Step, slices, slower_than_dense
 from longspan.attention.patterns import DilatedSegments, Pattern
 from longspan.attention.request import Request
 
@@ -25,6 +25,11 @@ def unsupported(request: Request) -> str | None:
     if request.query_positions is not None:
         return "query_positions may put rows anywhere, so there are no segments"
     return None
+
+
+def slower(request: Request) -> str | None:
+    branches = request.pattern.branches if isinstance(request.pattern, DilatedSegments) else ()
+    return slower_than_dense(request.k.shape[2], sum(length // stride**2 for length, stride in branches))
 
 
 def plan_segments(pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_scores: int) -> Iterator[Step]:

@@ -12,6 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# Up to DENSE_TOKENS + DENSE_TOKENS_PER_KEY * (keys that a row sees) tokens, dense attention is the faster one.
+# First estimate, not yet measured: a walk costs about a millisecond whatever its size, and its blocks compute up to
+# twice the scores that are visible.
+DENSE_TOKENS, DENSE_TOKENS_PER_KEY = 256, 1
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -101,6 +106,12 @@ class Step:
             return rows[:, :, first : first + length]
         stop = first + (self.tiles - 1) * self.apart + length
         return rows[0, :, first:stop].unfold(1, length, self.apart).permute(1, 0, 3, 2)
+
+
+def slower_than_dense(tokens: int, keys_per_row: int) -> str | None:
+    """Why a walk should leave a call of N tokens to dense attention, or None."""
+    limit = DENSE_TOKENS + DENSE_TOKENS_PER_KEY * keys_per_row
+    return f"up to {limit} tokens dense attention is faster for this pattern" if tokens <= limit else None
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
