@@ -51,7 +51,7 @@ def test_dict_names_type_and_fields():
     [
         ({"type": "banana"}, "a pattern needs a 'type' out of full, sliding_window"),
         ({}, "a pattern needs a 'type'"),
-        ("full", "a pattern needs a 'type'"),
+        ("full", "a pattern is a dict with a 'type'; got 'full'"),
         ({"type": "union", "parts": [{"type": "banana"}]}, "a pattern needs a 'type'"),
         ({"type": "sliding_window", "window": 3}, "has the fields before, after, dilation; got window"),
         ({"type": "sliding_window", "before": 3}, "has the fields before, after, dilation; got before"),
@@ -66,7 +66,8 @@ def test_bad_description(description, message: str):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SlidingWindow(-1, 0), "needs before >= 0 and after >= 0, in tokens per side; got before=-1, after=0"),
+        (lambda: SlidingWindow(-1, 0), "needs whole before >= 0 and after >= 0, in tokens per side; got before=-1"),
+        (lambda: SlidingWindow(64.0, 64), r"got before=64\.0, after=64"),
         (lambda: SlidingWindow(1, 1, dilation=0), r"needs dilation >= 1 .* got 0"),
         (lambda: SlidingWindow(1, 1, dilation=()), r"needs dilation >= 1 .* got \(\)"),
         (lambda: SlidingWindow(1, 1, dilation=[1, 0]), r"got \(1, 0\)"),

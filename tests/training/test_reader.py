@@ -35,7 +35,7 @@ def config(data, tokenizer, tmp_path_factory):
         tokens_per_row=192,
         held_out=4,
         monitored=1,
-        calibrated=1,
+        calibrated=2,
         evaluate_steps=3,
         save_steps=2,
         log_steps=2,
@@ -81,6 +81,7 @@ def test_training_moves_all_but_the_embeddings_and_fits_the_probabilities(config
     assert moved["window_scorer.out.weight"]
     assert len(trained.config.calibration) == 3
     assert trained.config.training["steps"] == 6
+    assert 0 <= trained.config.training["calibration_error"] <= 1
     assert str(config.data) not in (finished / "config.json").read_text()
 
 

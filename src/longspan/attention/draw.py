@@ -41,7 +41,7 @@ def draw_picture(pattern: Pattern, tokens: int, *, batch: int = 0, head: int = 0
     counts = _counts(pattern, tokens, batch, head)
     if axes is None:
         axes = Figure(figsize=(5, 5), layout="constrained").subplots()
-    axes.imshow(counts, cmap="Blues", vmin=0, vmax=max(1, int(counts.max())), interpolation="nearest")
+    axes.imshow(counts.numpy(), cmap="Blues", vmin=0, vmax=max(1, int(counts.max())), interpolation="nearest")
     axes.set(xlabel="key", ylabel="query", title=repr(pattern))
     return axes
 

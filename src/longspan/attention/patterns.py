@@ -97,9 +97,9 @@ class SlidingWindow(Pattern):
     def __post_init__(self) -> None:
         if not isinstance(self.dilation, int):
             object.__setattr__(self, "dilation", tuple(self.dilation))
-        if self.before < 0 or self.after < 0:
+        if not all(isinstance(side, int) and side >= 0 for side in (self.before, self.after)):
             raise ValueError(
-                f"SlidingWindow needs before >= 0 and after >= 0, in tokens per side; "
+                f"SlidingWindow needs whole before >= 0 and after >= 0, in tokens per side; "
                 f"got before={self.before}, after={self.after}"
             )
         if not self._dilations or min(self._dilations) < 1:
@@ -118,7 +118,9 @@ class SlidingWindow(Pattern):
             return (offset >= -self.before) & (offset <= self.after)
         dilation = self.dilation
         if not isinstance(dilation, int):
-            dilation = torch.tensor(dilation, device=head.device)[head]
+            dilation = torch.ones_like(head)
+            for number, gap in enumerate(self._dilations):  # FlexAttention cannot trace an index into a new tensor
+                dilation = torch.where(head == number, gap, dilation)
         inside = (offset >= -self.before * dilation) & (offset <= self.after * dilation)
         return inside & (offset % dilation == 0)
 
@@ -304,9 +306,10 @@ PATTERNS: dict[str, type[Pattern]] = {
 
 def pattern_from_dict(description: dict[str, Any]) -> Pattern:
     """The pattern that `Pattern.to_dict` described. Raises ValueError for an unknown type or field."""
-    if not isinstance(description, dict) or description.get("type") not in PATTERNS:
-        raise ValueError(f"a pattern needs a 'type' out of {', '.join(PATTERNS)}; got {description!r}")
-    return _decode(description, ())
+    pattern = _decode(description, ())
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"a pattern is a dict with a 'type'; got {description!r}")
+    return pattern
 
 
 def pattern_to_parts(pattern: Pattern) -> tuple[str, list[Tensor]]:
@@ -351,7 +354,9 @@ def _decode(value: Any, tensors: tuple[Tensor, ...] | list[Tensor]) -> Any:
     if isinstance(value, dict) and "tensor" in value:
         return tensors[value["tensor"]]
     if isinstance(value, dict):
-        kind = PATTERNS[value["type"]]
+        kind = PATTERNS.get(value.get("type", ""))
+        if kind is None:
+            raise ValueError(f"a pattern needs a 'type' out of {', '.join(PATTERNS)}; got {value!r}")
         given = {name: _decode(item, tensors) for name, item in value.items() if name != "type"}
         try:
             return kind(**given)

@@ -31,8 +31,10 @@ from longspan.training.reading import (
     HIT_IOU,
     LONGEST_QUESTION,
     Document,
+    calibration_error,
     fit_calibration,
     hits,
+    predict,
     read_held_out,
     summarize,
     tokenize_question,
@@ -89,6 +91,8 @@ class ReaderTraining:
         for name in ("steps", "batch", "held_out", "evaluate_steps", "save_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.calibrated < 2:
+            raise ValueError(f"calibrated must be at least 2, for two halves; got {self.calibrated}")
         if self.tokens_per_row < 4 * LONGEST_QUESTION:
             raise ValueError(f"tokens_per_row must be at least {4 * LONGEST_QUESTION}; got {self.tokens_per_row}")
 
@@ -180,7 +184,8 @@ class ReaderTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.monitor().items()}
+        found = self.monitor().items()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found if value is not None}
         self.log(metrics)
         self.since = time.perf_counter()
         return metrics
@@ -256,22 +261,32 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
         optimizers=(optimizer, None),
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(output))
-    model.config.calibration = calibrate(read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
+    weights, error = calibrate(read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
+    model.config.calibration = weights
     model.config.training = asdict(config) | {"base": Path(config.base).name, "data": None, "output": None}
+    model.config.training["calibration_error"] = round(error, 4)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     return output / "model"
 
 
-def calibrate(readings: Iterable[tuple[EvidenceRow, Document, Array, Array]]) -> list[float]:
-    """Weights for `LongspanForEvidence.passage_probability`, from the three best passages of each held-out document."""
+def calibrate(readings: Iterable[tuple[EvidenceRow, Document, Array, Array]]) -> tuple[list[float], float]:
+    """Weights for `LongspanForEvidence.passage_probability`, and the calibration error of its kind.
+
+    Fitted on the three best passages of each held-out document. The error is that of two halves, each predicted by the
+    weights of the other.
+    """
     features, labels = [], []
     for _, document, windows, scores in readings:
         best = select_disjoint(windows, scores, 3)
         shares = scores - np.logaddexp.reduce(scores)
-        features += [(shares[number], scores[number]) for number in best]
-        labels += list(interval_iou(windows[best], document.evidence).max(1) >= HIT_IOU)
-    return fit_calibration(np.array(features), np.array(labels))
+        features.append(np.stack((shares[best], scores[best]), 1))
+        labels.append(interval_iou(windows[best], document.evidence).max(1) >= HIT_IOU)
+    middle = len(features) // 2
+    halves = [(np.vstack(features[part]), np.hstack(labels[part])) for part in (slice(middle), slice(middle, None))]
+    predicted = [predict(fit_calibration(*halves[1 - half]), halves[half][0]) for half in (0, 1)]
+    error = calibration_error(np.hstack(predicted), np.hstack(labels))
+    return fit_calibration(np.vstack(features), np.hstack(labels)), error
 
 
 def split_rows(

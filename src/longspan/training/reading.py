@@ -150,6 +150,11 @@ def fit_calibration(features: Array, labels: Array) -> list[float]:
     return [float(weight) for weight in weights]
 
 
+def predict(weights: Sequence[float], features: Array) -> Array:
+    """Probabilities [n] of such a regression."""
+    return 1 / (1 + np.exp(-(features @ np.array(weights[:-1]) + weights[-1])))
+
+
 def calibration_error(probabilities: Array, labels: Array, bins: int = 10) -> float:
     """Expected calibration error (Naeini et al. 2015) over bins of equal counts (Nguyen and O'Connor 2015)."""
     order = np.argsort(probabilities)

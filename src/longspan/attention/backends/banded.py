@@ -33,7 +33,7 @@ def unsupported(request: Request) -> str | None:
 
 def slower(request: Request) -> str | None:
     before, after, step = request.pattern.reach() or (0, 0, 0)
-    return slower_than_dense(request.k.shape[2], (before + after) // max(step, 1) + 1)
+    return slower_than_dense(request, (before + after) // max(step, 1) + 1)
 
 
 def plan_band(pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_scores: int) -> Iterator[Step]:

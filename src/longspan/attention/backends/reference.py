@@ -10,10 +10,6 @@ from torch import Tensor
 from longspan.attention.request import Request
 
 
-def slower(request: Request) -> str:
-    return "it keeps N x N scores in float32 or wider: it is there to be right, not fast"
-
-
 def run(request: Request) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(request.dtype, torch.float32)
     q, k, v = (tensor.to(wide) for tensor in request.without_padding())

@@ -29,7 +29,7 @@ def unsupported(request: Request) -> str | None:
 
 def slower(request: Request) -> str | None:
     branches = request.pattern.branches if isinstance(request.pattern, DilatedSegments) else ()
-    return slower_than_dense(request.k.shape[2], sum(length // stride**2 for length, stride in branches))
+    return slower_than_dense(request, sum(length // stride**2 for length, stride in branches))
 
 
 def plan_segments(pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_scores: int) -> Iterator[Step]:

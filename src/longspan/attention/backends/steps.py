@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from longspan.attention.backends import sdpa
+from longspan.attention.request import Request
+
 # Up to DENSE_TOKENS + DENSE_TOKENS_PER_KEY * (keys that a row sees) tokens, dense attention is the faster one.
 # First estimate, not yet measured: a walk costs about a millisecond whatever its size, and its blocks compute up to
 # twice the scores that are visible.
@@ -108,10 +111,12 @@ class Step:
         return rows[0, :, first:stop].unfold(1, length, self.apart).permute(1, 0, 3, 2)
 
 
-def slower_than_dense(tokens: int, keys_per_row: int) -> str | None:
-    """Why a walk should leave a call of N tokens to dense attention, or None."""
+def slower_than_dense(request: Request, keys_per_row: int) -> str | None:
+    """Why a walk should leave a request to dense attention, or None."""
     limit = DENSE_TOKENS + DENSE_TOKENS_PER_KEY * keys_per_row
-    return f"up to {limit} tokens dense attention is faster for this pattern" if tokens <= limit else None
+    if request.k.shape[2] > limit or sdpa.unsupported(request) is not None:
+        return None
+    return f"up to {limit} tokens dense attention is faster for this pattern"
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
