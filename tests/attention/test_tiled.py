@@ -177,6 +177,7 @@ def test_backend_compiles_to_one_graph_for_any_length(backend: str):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing of FlexAttention
 def test_flex_compiles_to_one_graph():
     torch.compiler.reset()
     layer, inputs = Attention("flex").requires_grad_(False), layer_inputs(70)

@@ -131,6 +131,16 @@ def test_the_evidence_reader_gives_passages_of_whole_documents_and_no_answer(evi
     assert calls[-1] == (answer.tokens, answer.tokens)
 
 
+def test_copies_of_a_passage_are_found_once(evidence_reader):
+    words = [f"{word} {number}" for number, word in enumerate(["river", "zoo", "town", "report"] * 15)]
+    original = Document("original", " ".join(words))
+    copy = Document("copy", "the " + original.text)
+    passages = evidence_reader.answer("who wrote the report?", [original, copy], top=4, passage_words=60).passages
+    shared = [set(passage.text.split()) for passage in passages]
+    assert len(passages) == 2
+    assert not shared[0] & shared[1]
+
+
 def test_half_precision_finds_the_same_evidence(evidence_reader, monkeypatch):
     found = {}
     for dtype in (torch.float32, torch.bfloat16):

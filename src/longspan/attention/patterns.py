@@ -118,9 +118,7 @@ class SlidingWindow(Pattern):
             return (offset >= -self.before) & (offset <= self.after)
         dilation = self.dilation
         if not isinstance(dilation, int):
-            dilation = torch.ones_like(head)
-            for number, gap in enumerate(self._dilations):  # FlexAttention cannot trace an index into a new tensor
-                dilation = torch.where(head == number, gap, dilation)
+            dilation = torch.tensor(dilation, device=head.device)[head]
         inside = (offset >= -self.before * dilation) & (offset <= self.after * dilation)
         return inside & (offset % dilation == 0)
 

@@ -15,11 +15,13 @@ from longspan.errors import CheckpointError, QuestionError
 from longspan.inference.documents import Document
 from longspan.inference.evidence import EvidenceFinder
 from longspan.inference.extractive import SpanFinder
-from longspan.inference.windows import select_disjoint
+from longspan.inference.windows import Candidates, select_disjoint
 from longspan.models.evidence import LongspanForEvidence
 from longspan.models.heads import LongspanForQuestionAnswering
 
 BUILT_IN = Path(__file__).parents[1] / "data" / "reader"
+CANDIDATES_PER_PASSAGE = 4  # looked at for each passage wanted, as some repeat a better one
+SEQUENCE_WORDS = 8  # two texts that share so many words in a row share them by copying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ class Reader:
         start = time.perf_counter()
         texts = [document.text for document in documents]
         found = self._finder.candidates(question, texts, passage_words=passage_words, progress=progress)
-        best = select_disjoint(found.words, found.probability, top)
+        best = _select_distinct(found, texts, top)
         passages = []
         for number in best:
             document, (start_char, end_char) = documents[found.document[number]], found.chars[number].tolist()
@@ -127,6 +129,26 @@ class Reader:
             seconds=time.perf_counter() - start,
             model=self.name,
         )
+
+
+def _select_distinct(found: Candidates, texts: Sequence[str], top: int) -> list[int]:
+    """Indices of the `top` best passages that neither overlap nor repeat each other, best first.
+
+    A manual says the same thing in several places, and folders hold copies: a passage half of whose sequences of words
+    stand in a better one is left out.
+    """
+    chosen: list[int] = []
+    seen: set[tuple[str, ...]] = set()
+    for number in select_disjoint(found.words, found.probability, CANDIDATES_PER_PASSAGE * top):
+        start, end = found.chars[number]
+        words = texts[found.document[number]][start:end].split()
+        sequences = {tuple(words[i : i + SEQUENCE_WORDS]) for i in range(len(words) - SEQUENCE_WORDS + 1)}
+        if len(sequences & seen) <= len(sequences) / 2:
+            chosen.append(number)
+            seen |= sequences
+        if len(chosen) == top:
+            break
+    return chosen
 
 
 def _load(model: str, device: torch.device, dtype: torch.dtype | None) -> EvidenceFinder | SpanFinder:

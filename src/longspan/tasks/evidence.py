@@ -75,7 +75,7 @@ def evaluate_reader(
         if name == "reader_512":
             return EvidenceReader(reader, tokenizer, max_tokens=512)
         if name == "cosine":
-            return CosineChunks(articles, str(minilm))
+            return CosineChunks(articles, tokenizer, str(minilm))
         if name == "bm25":
             return BM25Chunks(articles)
         if name == "first":
@@ -87,7 +87,7 @@ def evaluate_reader(
     for name in sorted(systems, key=SYSTEMS.index):
         try:
             system = build(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             results.append(_row(f"{name} (left out: {reason})", [], [], [], None))
             continue

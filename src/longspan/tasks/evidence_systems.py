@@ -45,28 +45,36 @@ class EvidenceReader:
 
 
 class CosineChunks:
-    """Chunks of 100 words ranked by the cosine of a sentence encoder's mean vectors, as sentence-transformers does."""
+    """Chunks of 100 words ranked by the cosine of a sentence encoder's mean vectors, as sentence-transformers does.
+
+    tokenizer: the one of the collection's tokens. They serve this encoder too, so that no system's time includes
+    tokenization; ValueError where the encoder has other tokens.
+    """
 
     reads = True
 
-    def __init__(self, articles: Articles, checkpoint: str, *, batch: int = 32):
+    def __init__(self, articles: Articles, tokenizer: Any, checkpoint: str, *, batch: int = 32):
         from transformers import AutoModel, AutoTokenizer
 
         self.articles, self.batch = articles, batch
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        if self.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{checkpoint} has other tokens than the reader")
         self.model = AutoModel.from_pretrained(checkpoint, attn_implementation="sdpa").eval()
         self.name = "all-MiniLM-L6-v2 cosine, 100-word chunks"
 
     def passages(self, row: EvidenceRow, document: Document) -> Array:
         chunks = hundreds(document.num_words)
-        texts = [" ".join(words) for words in chunk_texts(self.articles, document, chunks)]
-        vectors = self.embed([row.question, *texts])
+        first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        ids = [tokenize_question(self.tokenizer, row.question)]
+        for start, end in document.first_token[chunks]:
+            ids.append(np.array([first, *document.token_ids[start:end][:510], last]))
+        vectors = self.embed(ids)
         return chunks[np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")[:TOP]]
 
     @torch.inference_mode()
-    def embed(self, texts: Sequence[str]) -> Array:
-        """Normalized mean vectors [len(texts), C]; batches of similar lengths, so that little is padding."""
-        ids = self.tokenizer(list(texts), truncation=True, max_length=512, verbose=False)["input_ids"]
+    def embed(self, ids: Sequence[Array]) -> Array:
+        """Normalized mean vectors [len(ids), C]; batches of similar lengths, so that little is padding."""
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         vectors = np.empty((len(ids), self.model.config.hidden_size), np.float32)
         for start in range(0, len(order), self.batch):
