@@ -1,6 +1,6 @@
 """Writes the tables of README.md from the result files, so that no figure is typed: `python docs/tables.py`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the topic at the end of the result file's name.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the topic that ends the result file's name.
 """
 
 from __future__ import annotations

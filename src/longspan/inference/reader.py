@@ -140,8 +140,8 @@ def _select_distinct(found: Candidates, texts: Sequence[str], top: int) -> list[
     chosen: list[int] = []
     seen: set[tuple[str, ...]] = set()
     for number in select_disjoint(found.words, found.probability, CANDIDATES_PER_PASSAGE * top):
-        start, end = found.chars[number]
-        words = texts[found.document[number]][start:end].split()
+        start, end = found.chars[number].tolist()
+        words = texts[int(found.document[number])][start:end].split()
         sequences = {tuple(words[i : i + SEQUENCE_WORDS]) for i in range(len(words) - SEQUENCE_WORDS + 1)}
         if len(sequences & seen) <= len(sequences) / 2:
             chosen.append(number)

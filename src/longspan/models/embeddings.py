@@ -58,6 +58,15 @@ class EmbeddingsConfig:
         return asdict(self)
 
 
+def check_length(tokens: int, limit: int) -> None:
+    """ValueError where an input is longer than a position table of `limit` tokens."""
+    if tokens > limit:
+        raise ValueError(
+            f"the input needs positions for {tokens:,} tokens and this model has {limit:,}: shorten the input, or "
+            f"make the model longer with longspan.to_long(model, max_tokens={tokens})"
+        )
+
+
 class Embeddings(nn.Module):
     """Sum of word, position and type embeddings, normalized."""
 
@@ -110,10 +119,5 @@ class Embeddings(nn.Module):
         usable = config.positions - config.position_offset
         if (position_ids is None and x.shape[1] <= usable) or not rows.numel() or torch.compiler.is_compiling():
             return rows  # fits whatever the data says: no wait for a GPU
-        needed = int(rows.max()) + 1 - config.position_offset
-        if needed > usable:
-            raise ValueError(
-                f"the input needs positions for {needed:,} tokens and this model has {usable:,}: shorten the input, or "
-                f"make the model longer with longspan.to_long(model, max_tokens={needed})"
-            )
+        check_length(int(rows.max()) + 1 - config.position_offset, usable)
         return rows

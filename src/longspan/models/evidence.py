@@ -233,9 +233,7 @@ class LongspanForEvidence(LongspanPreTrainedModel):
 
     def _encode(self, input_ids, token_mask, global_mask, position_ids) -> Tensor:
         x = self.longspan.embeddings(input_ids, position_ids=position_ids)
-        if torch.is_autocast_enabled(
-            x.device.type
-        ):  # a residual stream in fp32 would double the traffic of every layer
+        if torch.is_autocast_enabled(x.device.type):  # a residual stream in fp32 would double each layer's traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.longspan.encoder(x, token_mask, global_mask, position_ids=position_ids)
 

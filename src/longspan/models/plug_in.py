@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from longspan.models.checkpoints import from_hugging_face, to_hugging_face, translate_config
 from longspan.models.config import LongspanConfig
-from longspan.models.embeddings import EmbeddingsConfig
+from longspan.models.embeddings import EmbeddingsConfig, check_length
 from longspan.models.encoder import Encoder
 from longspan.models.model import first_tokens
 
@@ -168,11 +168,7 @@ def _check_length(
         needed = int(position_ids.max()) + 1 - config.position_offset
     elif config.positions_skip_padding and input_ids is not None:
         needed = int((input_ids != config.padding_idx).sum(1).max())
-    if needed > limit:
-        raise ValueError(
-            f"the input needs positions for {needed:,} tokens and this model has {limit:,}: shorten the input, or "
-            f"make the model longer with longspan.to_long(model, max_tokens={needed})"
-        )
+    check_length(needed, limit)
 
 
 def _read_mask(name: str, given: dict[str, Any]) -> Tensor | None:

@@ -64,7 +64,9 @@ class ReaderTraining:
     on from the newest.
     batch: rows a step, each of tokens_per_row tokens. scorer_rate: multiple of learning_rate for the scorers.
     held_out: training questions kept for model selection and calibration, whole articles at a time; monitored of them
-    are read every evaluate_steps and the last `calibrated` of them fit the probabilities    every evaluate_steps.
+    are read every evaluate_steps and the last `calibrated` of them fit the probabilities.
+    trained_share: the result lies between the weights before training (0) and after it (1). Half way it keeps more of
+    what the base knows of other texts (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
     threads: None leaves torch's setting.
     """
 
@@ -76,6 +78,7 @@ class ReaderTraining:
     tokens_per_row: int = 1024
     learning_rate: float = 1e-4
     scorer_rate: float = 5.0
+    trained_share: float = 0.5
     warmup_steps: int = 40
     held_out: int = 250
     monitored: int = 100
@@ -91,6 +94,8 @@ class ReaderTraining:
         for name in ("steps", "batch", "held_out", "evaluate_steps", "save_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.trained_share <= 1:
+            raise ValueError(f"trained_share must lie between 0 and 1; got {self.trained_share}")
         if self.calibrated < 2:
             raise ValueError(f"calibrated must be at least 2, for two halves; got {self.calibrated}")
         if self.tokens_per_row < 4 * LONGEST_QUESTION:
@@ -205,6 +210,7 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     model = untrained_reader(config.base) if base_model is None else base_model
     for parameter in model.longspan.embeddings.parameters():
         parameter.requires_grad_(False)
+    untrained = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     scorers = [*model.window_scorer.parameters(), *model.sentence_scorer.parameters()]
     optimizer = torch.optim.AdamW(
         [
@@ -261,6 +267,9 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
         optimizers=(optimizer, None),
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(output))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.lerp_(untrained[name], 1 - config.trained_share)
     weights, error = calibrate(read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
     model.config.calibration = weights
     model.config.training = asdict(config) | {"base": Path(config.base).name, "data": None, "output": None}
@@ -322,9 +331,8 @@ def split_rows(
 def untrained_reader(base: str) -> LongspanForEvidence:
     """A reader from an encoder of 512 tokens: windows of 128 tokens a side, periodic positions, cosine scorers."""
     long = to_long(AutoModel.from_pretrained(base, add_pooling_layer=False), max_tokens=None, window=256)
-    long.config.embeddings["dropout"] = (
-        0.0  # masked tokens take its place: dropout inside attention costs a third of the speed
-    )
+    # Masked tokens take the place of dropout, which would cost a third of the speed inside attention.
+    long.config.embeddings["dropout"] = 0.0
     long.config.encoder |= {"dropout": 0.0, "attention_dropout": 0.0}
     model = LongspanForEvidence(long.config)
     model.longspan.load_state_dict(long.state_dict())
