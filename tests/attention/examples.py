@@ -51,6 +51,3 @@ def padding(kind: str, tokens: int, batch: int = BATCH) -> torch.Tensor | None:
     if kind == "empty_row":
         mask[-1] = False
     return mask
-
-
-PADDINGS = ("none", "ragged", "empty_row", "holes")

@@ -5,12 +5,20 @@ import sys
 import pytest
 import torch
 from transformers import BertConfig, BertForQuestionAnswering
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import longspan
 from longspan.cli import app, main
 
 TEXT = "alice wrote the report\nnear the old river.\n\n" + "the old zoo is near the river. " * 40
+
+
+@pytest.fixture(autouse=True)
+def _transformers_stays_as_loud_as_it_was():
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 import json
 import shutil
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -121,8 +121,9 @@ def evidence_reader(tokenizer, tmp_path_factory):
 
 def test_the_evidence_reader_gives_passages_of_whole_documents_and_no_answer(evidence_reader):
     calls = []
+    texts = [" ".join(f"{word} {number}" for number in range(200)) for word in ("river", "zoo")]
     answer = evidence_reader.answer(
-        "who wrote the report?", [TEXT * 3, TEXT], progress=lambda done, total: calls.append((done, total))
+        "who wrote the report?", texts, progress=lambda done, total: calls.append((done, total))
     )
     assert answer.answer is None
     assert answer.answer_probability == answer.passages[0].score
@@ -136,9 +137,10 @@ def test_copies_of_a_passage_are_found_once(evidence_reader):
     original = Document("original", " ".join(words))
     copy = Document("copy", "the " + original.text)
     passages = evidence_reader.answer("who wrote the report?", [original, copy], top=4, passage_words=60).passages
-    shared = [set(passage.text.split()) for passage in passages]
-    assert len(passages) == 2
-    assert not shared[0] & shared[1]
+    assert len(passages) > 1
+    for better, worse in combinations(passages, 2):
+        words = set(worse.text.split())
+        assert len(words & set(better.text.split())) <= 0.6 * len(words)
 
 
 def test_half_precision_finds_the_same_evidence(evidence_reader, monkeypatch):

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -96,10 +97,10 @@ def test_bm25_finds_the_chunk_with_the_rare_word(data, articles):
         assert (interval := row.evidence[0])[0] < best[1] and interval[1] > best[0]
 
 
-def test_cosine_vectors_are_the_normalized_means_of_the_model(articles, minilm):
-    system = CosineChunks(articles, str(minilm), batch=2)
+def test_cosine_vectors_are_the_normalized_means_of_the_model(tokenizer, minilm):
+    system = CosineChunks(tokenizer, str(minilm), batch=2)
     texts = ["the zebra lives in the zoo .", "bob", "alice wrote a report near the old river ."]
-    vectors = system.embed(texts)
+    vectors = system.embed([np.array(tokenizer(text)["input_ids"]) for text in texts])
     for text, vector in zip(texts, vectors, strict=True):
         with torch.no_grad():
             mean = system.model(**system.tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1)[0]
@@ -146,3 +147,10 @@ def _model(folder):
     from longspan import LongspanForEvidence
 
     return LongspanForEvidence.from_pretrained(folder)
+
+
+def test_a_sentence_encoder_with_other_tokens_is_refused(tokenizer, minilm):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["zebras"])
+    with pytest.raises(ValueError, match="other tokens than the reader"):
+        CosineChunks(other, str(minilm))

@@ -75,7 +75,7 @@ def evaluate_reader(
         if name == "reader_512":
             return EvidenceReader(reader, tokenizer, max_tokens=512)
         if name == "cosine":
-            return CosineChunks(articles, tokenizer, str(minilm))
+            return CosineChunks(tokenizer, str(minilm))
         if name == "bm25":
             return BM25Chunks(articles)
         if name == "first":

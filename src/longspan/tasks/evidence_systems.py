@@ -53,10 +53,10 @@ class CosineChunks:
 
     reads = True
 
-    def __init__(self, articles: Articles, tokenizer: Any, checkpoint: str, *, batch: int = 32):
+    def __init__(self, tokenizer: Any, checkpoint: str, *, batch: int = 32):
         from transformers import AutoModel, AutoTokenizer
 
-        self.articles, self.batch = articles, batch
+        self.batch = batch
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if self.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"{checkpoint} has other tokens than the reader")
