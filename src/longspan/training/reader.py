@@ -207,6 +207,7 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     tokenizer = AutoTokenizer.from_pretrained(config.base)
     articles = load_articles(config.data, output / "cache", tokenizer)
     rows, held_out, allowed = split_rows(config, articles)
+    torch.manual_seed(config.seed)  # of the scorers: a resumed run starts from the same ones
     model = untrained_reader(config.base) if base_model is None else base_model
     for parameter in model.longspan.embeddings.parameters():
         parameter.requires_grad_(False)
