@@ -144,9 +144,16 @@ class LongspanForEvidence(LongspanPreTrainedModel):
         return EvidenceOutput(loss=loss, window_scores=scores)
 
     def encode(
-        self, input_ids: Tensor, token_mask: Tensor, question_lengths: Tensor, position_offsets: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        token_mask: Tensor | None,
+        question_lengths: Tensor,
+        position_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(token vectors [B, N, C], question vectors [B, C]): the rows, and the questions on their own."""
+        """(token vectors [B, N, C], question vectors [B, C]): the rows, and the questions on their own.
+
+        token_mask None: no row is padded.
+        """
         index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         is_question = index < question_lengths[:, None]
         position_ids = index
@@ -188,7 +195,7 @@ class LongspanForEvidence(LongspanPreTrainedModel):
             offsets = torch.tensor([first], device=row.device)
             lengths = torch.tensor([len(question_ids)], device=row.device)
             with self._reporting(progress, start, min(total, start + ONE_PASS), total):
-                read, question = self.encode(row, torch.ones_like(row, dtype=torch.bool), lengths, offsets)
+                read, question = self.encode(row, None, lengths, offsets)
             place = len(question_ids) + start - first
             states.append(read[:, place : place + min(ONE_PASS, total - start)])
         document = states[0] if len(states) == 1 else torch.cat(states, 1)
