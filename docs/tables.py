@@ -33,7 +33,7 @@ def render(topic: str) -> str:
     machine = measured["machine"]
     source = (
         f"`{measured['command']}`: {measured['result']['questions']} questions, {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']} ([file]({path.relative_to(ROOT)}))."
+        f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, torch {machine['torch']} ([file]({path.relative_to(ROOT)}))."
     )
     return "\n".join([*lines, "", source, ""])
 
@@ -47,8 +47,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.3f}".lstrip("0") if value < 10 else f"{value:,.0f}"
-    return str(value)
+        return f"{value:.3f}".lstrip("0")
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def test_json_round_trip(name: str):
 def test_parts_keep_tensors_as_they_are(name: str):
     pattern = examples(12)[name]
     text, tensors = pattern_to_parts(pattern)
+    json.loads(text)
     again = pattern_from_parts(text, tensors)
     assert again == pattern
     assert (again.extra_keys() is None) == (not tensors)

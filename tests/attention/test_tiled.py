@@ -136,7 +136,9 @@ def test_operator_passes_opcheck(name: str):
     inputs, token_mask = rows(70), padding("ragged", 70)
     text, tensors = pattern_to_parts(examples(70)[name])
     for seed, dropout in ((None, 0.0), (torch.tensor(5), 0.2)):
-        torch.library.opcheck(tiled.attend_tiled, (*inputs, text, tensors, token_mask, seed, 0.3, dropout))
+        torch.library.opcheck(
+            torch.ops.longspan.tiled.default, (*inputs, text, tensors, token_mask, seed, 0.3, dropout)
+        )
 
 
 class Attention(torch.nn.Module):

@@ -321,9 +321,15 @@ def pattern_from_parts(text: str, tensors: list[Tensor]) -> Pattern:
     return _decode(json.loads(text), tensors)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace json; the tensors are not part of the text
-def _to_json(description: dict[str, Any]) -> str:
-    return json.dumps(description)
+def _to_json(value: Any) -> str:
+    """`json.dumps` of what `_encode` gives, in code that torch.compile can trace."""
+    if isinstance(value, dict):
+        return "{" + ", ".join([f'"{name}": {_to_json(item)}' for name, item in value.items()]) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join([_to_json(item) for item in value]) + "]"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return "null" if value is None else str(value).lower()  # true, false and numbers
 
 
 def _parts(pattern: Pattern) -> tuple[Pattern, ...]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from longspan.attention.request import Request
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def unsupported(request: Request) -> str | None:
@@ -34,6 +37,8 @@ def slower(request: Request) -> str | None:
 
 
 def run(request: Request) -> tuple[Tensor, Tensor | None]:
+    from torch.nn.attention.flex_attention import AuxRequest  # it loads torch's compiler: as long as loading torch
+
     q, k, v = request.without_padding()
     options = {
         "score_mod": _add_log_count(request) if request.pattern.repeats else None,
@@ -79,6 +84,8 @@ def _add_log_count(request: Request) -> Callable[..., Tensor]:
 
 
 def _block_mask(request: Request) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
     count = _count(request)
     batch, heads, queries, _ = request.q.shape
 
@@ -90,10 +97,14 @@ def _block_mask(request: Request) -> BlockMask:
 
 @functools.cache
 def _compiled() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
 def _uncompiled(q: Tensor, k: Tensor, v: Tensor, options: dict):
+    from torch.nn.attention.flex_attention import flex_attention
+
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, **options)
     with warnings.catch_warnings():

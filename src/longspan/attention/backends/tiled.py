@@ -30,10 +30,9 @@ def run(request: Request) -> tuple[Tensor, Tensor]:
     text, tensors = pattern_to_parts(request.pattern)
     seed = torch.randint(2**62, ()) if request.dropout else None
     q, k, v = request.q, request.k, request.v
-    return attend_tiled(q, k, v, text, tensors, request.token_mask, seed, request.scale, request.dropout)
+    return torch.ops.longspan.tiled(q, k, v, text, tensors, request.token_mask, seed, request.scale, request.dropout)
 
 
-@torch.library.custom_op("longspan::tiled", mutates_args=())
 def attend_tiled(
     q: Tensor,
     k: Tensor,
@@ -63,12 +62,10 @@ def attend_tiled(
     return _narrow(out, q.dtype), lse.squeeze(-1)
 
 
-@attend_tiled.register_fake
-def _(q, k, v, pattern, tensors, token_mask, seed, scale, dropout):
+def _fake_attend(q, k, v, pattern, tensors, token_mask, seed, scale, dropout):
     return _empty_rows(q, q.dtype), _empty_lse(q).squeeze(-1)
 
 
-@torch.library.custom_op("longspan::tiled_backward", mutates_args=())
 def attend_tiled_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -111,8 +108,7 @@ def attend_tiled_backward(
     return _narrow(grad_q, q.dtype), _narrow(grad_k, q.dtype), _narrow(grad_v, q.dtype)
 
 
-@attend_tiled_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, seed, scale, dropout):
+def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, seed, scale, dropout):
     return _empty_rows(q, q.dtype), _empty_rows(q, q.dtype), _empty_rows(q, q.dtype)
 
 
@@ -126,13 +122,21 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse, token_mask, seed, *tensors = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = attend_tiled_backward(
+    grads = torch.ops.longspan.tiled_backward(
         grad_out, grad_lse, q, k, v, out, lse, ctx.pattern, tensors, token_mask, seed, ctx.scale, ctx.dropout
     )
     return *grads, None, [None] * len(tensors), None, None, None, None
 
 
-attend_tiled.register_autograd(_backward, setup_context=_setup_context)
+# Not torch.library.custom_op: its first call loads torch's compiler, which takes as long as loading torch.
+for _name, _kernel, _fake in (
+    ("longspan::tiled", attend_tiled, _fake_attend),
+    ("longspan::tiled_backward", attend_tiled_backward, _fake_backward),
+):
+    torch.library.define(_name, torch.library.infer_schema(_kernel, mutates_args=()))
+    torch.library.impl(_name, "default", _kernel)
+    torch.library.register_fake(_name, _fake)
+torch.library.register_autograd("longspan::tiled", _backward, setup_context=_setup_context)
 
 
 def _plan(text: str, tensors: list[Tensor], q: Tensor, token_mask: Tensor | None, max_scores: int) -> Iterator[Step]:
