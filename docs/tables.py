@@ -33,7 +33,8 @@ def render(topic: str) -> str:
     machine = measured["machine"]
     source = (
         f"`{measured['command']}`: {measured['result']['questions']} questions, {machine['cpu']}, "
-        f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, torch {machine['torch']} ([file]({path.relative_to(ROOT)}))."
+        f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, torch {machine['torch']} "
+        f"([file]({path.relative_to(ROOT)}))."
     )
     return "\n".join([*lines, "", source, ""])
 
