@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
-QUESTION ?= What happens when an exception is raised inside a finally block?
+QUESTION ?= When are default parameter values of a function evaluated?
 export QUESTION
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
