@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -131,3 +133,12 @@ def test_garbage_in_padded_rows_reaches_no_token(backend: str, garbage: float):
     gradients = [torch.autograd.grad(out.square().sum(), x) for out, x in zip(outs, (clean, dirty), strict=True)]
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_attention_does_not_load_the_compiler_of_torch():
+    """Loading it takes as long as loading torch, and `longspan answer` never compiles."""
+    code = (
+        "import sys, torch; from longspan.attention import *; q = torch.zeros(1, 1, 600, 4, requires_grad=True); "
+        "attend(q, q, q, SlidingWindow(2, 2), backend='banded').sum().backward(); print('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
