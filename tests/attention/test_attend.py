@@ -107,7 +107,7 @@ def test_explanation_names_every_backend_with_its_reason():
         "  flex       cannot: FlexAttention has no dropout",
         "  reference  could, but banded is asked before it",
     ]
-    assert "up to 289 tokens dense attention is faster" in str(explain(Q, Q, Q, SlidingWindow(16, 16)))
+    assert "up to 272 tokens dense attention is faster" in str(explain(Q, Q, Q, SlidingWindow(16, 16)))
 
 
 def test_needs_grad_follows_the_grad_mode():
