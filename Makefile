@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check
+KERNELS := CMakeLists.txt $(wildcard kernels/*.h kernels/*.cpp)
+.PHONY: help run test check kernels sanitize
 
 help: ## Show these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/'
@@ -23,15 +24,24 @@ check: $(VENV)/.ready-to-test ## Check format, lint, types and spelling
 	$(BIN)/pyright src
 	$(BIN)/codespell
 
+kernels: ## Compile what changed in kernels/
+	cmake -S . -B build/kernels
+	cmake --build build/kernels --parallel
+
+sanitize: ## Run kernels/tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	cmake -S . -B build/sanitize -DLONGSPAN_SANITIZE=ON -DLONGSPAN_TESTS=ON
+	cmake --build build/sanitize --parallel
+	ctest --test-dir build/sanitize --output-on-failure
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready-to-run: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.ready-to-run: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	@echo "Installing longspan in $(VENV) (a few minutes the first time)"
 	$(PIP) -e .
 	@touch $@
 
 $(VENV)/.ready-to-test: pyproject.toml constraints.txt | $(VENV)/.ready-to-run
 	@echo "Installing the test tools in $(VENV)"
-	$(PIP) -e '.[dev]'
+	$(PIP) --config-settings=wheel.cmake=false -e '.[dev]'  # the kernels are compiled already
 	@touch $(VENV)/.ready-to-run $@

@@ -1,16 +1,19 @@
-"""Writes the tables of README.md from the result files, so that no figure is typed: `python docs/tables.py`.
+"""Writes the tables of README.md and docs/ from the result files, so that no figure is typed: `python docs/tables.py`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the topic that ends the result file's name.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the topic that ends the result file's name, or
+`goals`: what the benchmarks should reach, and what they do.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(<!-- table: (?P<topic>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = {
     "system": "system",
@@ -21,27 +24,129 @@ COLUMNS = {
     "token_f1": "token F1",
     "tokens_per_second": "tokens/s",
 }
+Row = dict[str, Any]
 
 
-def render(topic: str) -> str:
-    """The newest result of a topic as a Markdown table, with the command and the machine it was measured on."""
-    path = max((ROOT / "results").glob(f"*_{topic}.json"))
+def with_tables(text: str, page: Path = PAGES[0]) -> str:
+    """The text of a page with every marked table written anew."""
+    return MARKED.sub(lambda found: found[1] + render(found["topic"], page) + found[3], text)
+
+
+def render(topic: str, page: Path) -> str:
+    """The newest result of a topic as Markdown, with the command and the machine it was measured on."""
+    if topic == "goals":
+        return render_goals()
+    path = newest(topic)
+    if path is None:
+        return f"Not measured yet: `longspan {topic.replace('-', ' ', 1)}`.\n"
     measured = json.loads(path.read_text())
-    rows = measured["result"]["rows"]
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(_cell(row[name]) for name in COLUMNS) + " |" for row in rows]
+    link = f"[file]({os.path.relpath(path, page.parent)})"
+    if topic.startswith("bench-"):
+        return render_benchmark(measured, link)
     machine = measured["machine"]
     source = (
         f"`{measured['command']}`: {measured['result']['questions']} questions, {machine['cpu']}, "
-        f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, torch {machine['torch']} "
-        f"([file]({path.relative_to(ROOT)}))."
+        f"{_threads(machine)}, torch {machine['torch']} ({link})."
     )
-    return "\n".join([*lines, "", source, ""])
+    rows = [[_cell(row[name]) for name in COLUMNS] for row in measured["result"]["rows"]]
+    return f"{_table(list(COLUMNS.values()), rows)}\n{source}\n"
 
 
-def with_tables(text: str) -> str:
-    """The text with every marked table written anew."""
-    return MARKED.sub(lambda found: found[1] + render(found["topic"]) + found[3], text)
+def newest(topic: str) -> Path | None:
+    """File names begin with the date."""
+    return max((ROOT / "results").glob(f"*_{topic}.json"), default=None)
+
+
+def render_benchmark(measured: dict[str, Any], link: str) -> str:
+    """A table for each set of systems that met: systems downwards, cases across, medians in ms or memory in MiB."""
+    groups: dict[frozenset[str], dict[str, list[Row]]] = {}
+    for case in dict.fromkeys(row["case"] for row in measured["rows"]):
+        rows = [row for row in measured["rows"] if row["case"] == case]
+        groups.setdefault(frozenset(row["system"] for row in rows), {})[case] = rows
+    tables = [_benchmark_table(cases) for cases in groups.values()]
+    machine, versions = measured["machine"], measured["versions"]
+    others = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "longspan")
+    source = (
+        f"`{measured['command']}`: {machine['cpu']}, {_threads(machine)}, kernels for {machine['instruction_set']}, "
+        f"commit {measured['commit']}, {measured['date']}; {others} ({link})."
+    )
+    return "\n".join([*tables, source, ""])
+
+
+def _benchmark_table(cases: dict[str, list[Row]]) -> str:
+    several = any(len({row["system"] for row in rows}) < len(rows) for rows in cases.values())
+    labels = list(dict.fromkeys(_label(row, several) for rows in cases.values() for row in rows))
+    memory = all(row["median_ms"] is None and row["tolerance"] is None for rows in cases.values() for row in rows)
+    others = {len(row["speedup"]) for rows in cases.values() for row in rows if row["ours"]} - {0}
+    over = (
+        "" if memory or not others else " (speed-up over each other)" if max(others) <= 2 else " (over the best other)"
+    )
+    head = ["MiB" if memory else f"ms{over}", *cases, *([] if memory else ["largest error, tolerance"])]
+    body = []
+    for label in labels:
+        found = {
+            case: next((row for row in rows if _label(row, several) == label), None) for case, rows in cases.items()
+        }
+        body.append([label, *(_benchmark_cell(row) for row in found.values())])
+        if not memory:
+            body[-1].append(_error_cell([row for row in found.values() if row is not None]))
+    return _table(head, body)
+
+
+def _label(row: Row, several_precisions: bool) -> str:
+    return f"{row['system']} {row['precision']}" if several_precisions else row["system"]
+
+
+def _benchmark_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return row["status"]
+    if row["median_ms"] is None:
+        return f"{row['peak_mib']:,.0f}" if row["peak_mib"] is not None else "-"
+    ratios = list(row["speedup"].values())
+    notes = [f"{ratio:.2f}x" for ratio in (ratios if len(ratios) <= 2 else [min(ratios)])]
+    if row["share_of_gemm"] is not None:
+        notes.append(f"{row['share_of_gemm']:.0%} of GEMM")
+    milliseconds = f"{float(format(row['median_ms'], '.3g')):,g}"
+    return f"{milliseconds} ({', '.join(notes)})" if notes else milliseconds
+
+
+def _error_cell(rows: list[Row]) -> str:
+    measured = [row for row in rows if row["relative_error"] is not None and row["tolerance"] is not None]
+    if not measured:
+        return ""
+    worst = max(measured, key=lambda row: row["relative_error"] / row["tolerance"])
+    return f"{worst['relative_error']:.1e}, {worst['tolerance']:.0e}"
+
+
+def render_goals() -> str:
+    """What all the newest benchmarks should reach, beside what they do."""
+    rows = []
+    for path in filter(None, (newest(topic) for topic in _benchmarks())):
+        measured = json.loads(path.read_text())
+        for goal in measured["goals"]:
+            sign, unit = "≤" if goal["at_most"] else "≥", goal["unit"]
+            reach, found = f"{sign} {goal['reach']:g}{unit}", f"{goal['measured']:.3g}{unit}"
+            rows.append([measured["topic"], goal["what"], reach, found, "yes" if goal["met"] else "no"])
+    if not rows:
+        return "Not measured yet.\n"
+    return _table(["benchmark", "goal", "reach", "measured", "reached"], rows)
+
+
+def _benchmarks() -> list[str]:
+    names = {path.stem.rsplit("_", 1)[1] for path in (ROOT / "results").glob("*_bench-*.json")}
+    return sorted(names)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    return f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
 
 
 def _cell(value: Any) -> str:
@@ -53,5 +158,5 @@ def _cell(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), page), encoding="utf-8")

@@ -16,12 +16,14 @@ SOURCE = ROOT / "src" / "longspan"
 
 # Each folder with the folders that it may import; torch and the like aside.
 MAY_IMPORT = {
-    "attention": set(),
-    "models": {"attention"},
-    "inference": {"models", "attention"},
-    "training": {"inference", "models", "attention"},
-    "tasks": {"training", "inference", "models", "attention"},
-    "cli": {"tasks", "training", "inference", "models", "attention"},
+    "kernels": set(),
+    "attention": {"kernels"},
+    "models": {"attention", "kernels"},
+    "inference": {"models", "attention", "kernels"},
+    "training": {"inference", "models", "attention", "kernels"},
+    "tasks": {"training", "inference", "models", "attention", "kernels"},
+    "bench": {"inference", "models", "attention", "kernels"},
+    "cli": {"bench", "tasks", "training", "inference", "models", "attention", "kernels"},
 }
 ANYONE_MAY_IMPORT = {"errors", "__version__"}
 
@@ -81,15 +83,15 @@ def test_every_folder_has_its_place_in_the_flow():
     assert folders == set(MAY_IMPORT)
 
 
-def test_attention_imports_torch_and_the_standard_library_only():
+def test_attention_imports_torch_numpy_and_the_standard_library_only():
     outside = {name.split(".")[0] for path in (SOURCE / "attention").rglob("*.py") for name in imported_modules(path)}
     drawing = {"matplotlib"}  # imported when a picture is asked for
-    assert outside - set(sys.stdlib_module_names) <= {"torch", "longspan"} | drawing
+    assert outside - set(sys.stdlib_module_names) <= {"torch", "numpy", "longspan"} | drawing
 
 
 def test_the_version_is_one():
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert metadata["tool"]["hatch"]["version"]["path"] == "src/longspan/__init__.py"
+    assert metadata["tool"]["scikit-build"]["metadata"]["version"]["input"] == "src/longspan/__init__.py"
     assert re.fullmatch(r"\d+\.\d+\.\d+", longspan.__version__)
 
 

@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 
+from longspan import kernels
 from longspan.attention import DilatedSegments, Full, GlobalKeys, SlidingWindow, attend, explain
 from longspan.attention.attend import make_request
 from longspan.attention.backends import BACKENDS
 
 Q = torch.zeros(2, 4, 6, 8)
 LONG = torch.zeros(1, 2, 1024, 8)
+WIDE_Q, WIDE_LONG = Q.double(), LONG.double()  # the kernels do not take float64, so these go to the others
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,7 @@ LONG = torch.zeros(1, 2, 1024, 8)
         ({"token_mask": torch.ones(6, dtype=torch.bool)}, r"token_mask must be .* got torch.bool \[6\]"),
         ({"query_positions": torch.arange(5)}, r"query_positions must be torch.int64 \[6\] or \[2, 6\]"),
         ({"dropout": 1.0}, "0 <= dropout < 1; got 1.0"),
-        ({"backend": "triton"}, "unknown backend 'triton'; give 'auto' or one of 'segments', 'banded'"),
+        ({"backend": "triton"}, "unknown backend 'triton'; give 'auto' or one of 'native', 'segments'"),
         ({"pattern": "full"}, "pattern must be a longspan.attention Pattern"),
         ({"pattern": SlidingWindow(1, 1, dilation=(1, 2))}, "has 2 dilations but q has 4 heads"),
         ({"pattern": DilatedSegments(((4, 1),), heads=3)}, "made for 3 heads but q has 4"),
@@ -80,34 +82,52 @@ def test_when_nothing_fits_every_backend_says_why(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("rows", "pattern", "options", "backend"),
     [
-        (Q, Full(), {}, "sdpa"),
-        (LONG, Full(), {}, "sdpa"),
-        (Q, SlidingWindow(1, 1), {}, "sdpa"),
-        (LONG, SlidingWindow(16, 16), {}, "banded"),
-        (LONG, SlidingWindow(1024, 1024), {}, "sdpa"),
-        (LONG, SlidingWindow(16, 16), {"query_positions": torch.arange(1024)}, "sdpa"),
-        (Q, SlidingWindow(1, 1), {"return_lse": True}, "banded"),
-        (Q, Full(), {"return_lse": True}, "reference"),
-        (LONG, DilatedSegments(((64, 1), (256, 4)), heads=2), {}, "segments"),
-        (Q, DilatedSegments(((64, 1), (256, 4)), heads=4), {}, "sdpa"),
-        (LONG, DilatedSegments(((64, 1),), heads=2) | SlidingWindow(1, 1), {}, "sdpa"),
+        (WIDE_Q, Full(), {}, "sdpa"),
+        (WIDE_LONG, Full(), {}, "sdpa"),
+        (WIDE_Q, SlidingWindow(1, 1), {}, "sdpa"),
+        (WIDE_LONG, SlidingWindow(16, 16), {}, "banded"),
+        (WIDE_LONG, SlidingWindow(1024, 1024), {}, "sdpa"),
+        (WIDE_LONG, SlidingWindow(16, 16), {"query_positions": torch.arange(1024)}, "sdpa"),
+        (WIDE_Q, SlidingWindow(1, 1), {"return_lse": True}, "banded"),
+        (WIDE_Q, Full(), {"return_lse": True}, "reference"),
+        (WIDE_LONG, DilatedSegments(((64, 1), (256, 4)), heads=2), {}, "segments"),
+        (WIDE_Q, DilatedSegments(((64, 1), (256, 4)), heads=4), {}, "sdpa"),
+        (WIDE_LONG, DilatedSegments(((64, 1),), heads=2) | SlidingWindow(1, 1), {}, "sdpa"),
     ],
 )
 def test_auto_takes_the_first_that_can_and_is_not_slower(rows, pattern, options: dict, backend: str):
     assert explain(rows, rows, rows, pattern, **options).backend == backend
 
 
+@pytest.mark.skipif(kernels.library() is None, reason=str(kernels.problem()))
+@pytest.mark.parametrize("rows", [LONG, LONG.bfloat16(), LONG[:, :, :5].clone().requires_grad_()])
+@pytest.mark.parametrize("pattern", [Full(causal=True), SlidingWindow(1, 1), DilatedSegments(((64, 1),), heads=2)])
+def test_auto_takes_the_kernels_where_they_can(rows, pattern):
+    assert explain(rows, rows, rows, pattern).backend == "native"
+    assert explain(rows, rows, rows, pattern, dropout=0.1).backend != "native"
+
+
+@pytest.mark.skipif(kernels.library() is None, reason=str(kernels.problem()))
+def test_auto_leaves_few_tokens_that_see_all_to_torch():
+    assert explain(Q, Q, Q, Full()).backend == "sdpa"
+    assert "up to 128 tokens torch's dense attention starts faster" in explain(Q, Q, Q, Full()).reasons["native"]
+    assert explain(Q, Q, Q, Full(), return_lse=True).backend == "native"
+    assert explain(Q, Q, Q, Full(), token_mask=torch.ones(2, 6, dtype=torch.bool)).backend == "native"
+    assert explain(LONG, LONG, LONG, Full()).backend == "native"
+
+
 def test_explanation_names_every_backend_with_its_reason():
     text = str(explain(LONG, LONG, LONG, SlidingWindow(16, 16), dropout=0.1))
     assert text.splitlines() == [
         "attend(q [1, 2, 1024, 8], k [1, 2, 1024, 8], float32 on cpu: SlidingWindow(before=16, after=16, dilation=1))",
+        "  native     cannot: the kernels have no dropout",
         "  segments   cannot: it computes dilated_segments only, not sliding_window",
         "> banded     runs it",
         "  sdpa       could, but banded is asked before it",
         "  flex       cannot: FlexAttention has no dropout",
         "  reference  could, but banded is asked before it",
     ]
-    assert "up to 272 tokens dense attention is faster" in str(explain(Q, Q, Q, SlidingWindow(16, 16)))
+    assert "up to 272 tokens dense attention is faster" in str(explain(WIDE_Q, WIDE_Q, WIDE_Q, SlidingWindow(16, 16)))
 
 
 def test_needs_grad_follows_the_grad_mode():
@@ -120,6 +140,8 @@ def test_needs_grad_follows_the_grad_mode():
 @pytest.mark.parametrize("backend", [backend.name for backend in BACKENDS if backend.name not in ("flex", "segments")])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 def test_garbage_in_padded_rows_reaches_no_token(backend: str, garbage: float):
+    if backend == "native" and kernels.library() is None:
+        pytest.skip(str(kernels.problem()))
     q, k, v = torch.randn(3, 2, 4, 150, 8)
     token_mask = torch.ones(2, 150, dtype=torch.bool)
     token_mask[0, 100:] = token_mask[1, :7] = token_mask[1, 64:70] = False

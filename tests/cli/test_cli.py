@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 
 import longspan
 from longspan.cli import app, main
+from longspan.cli.answer import _describe
+from longspan.inference.compare import Comparison
 
 TEXT = "alice wrote the report\nnear the old river.\n\n" + "the old zoo is near the river. " * 40
 
@@ -81,6 +84,46 @@ def test_json_is_the_documented_schema_and_nothing_else(checkpoint, document):
     assert passage["document"] == document
     assert passage["text"] == TEXT[passage["start_char"] : passage["end_char"]]
     assert data["answer"] in passage["text"]
+
+
+def test_a_precision_is_passed_on(checkpoint, document):
+    for precision in ("bf16", "int8"):
+        done = invoke("answer", "who?", document, "--model", checkpoint, "--precision", precision)
+        assert done.exit_code == 0, done.output
+    done = invoke("answer", "who?", document, "--model", checkpoint, "--precision", "fp8")
+    assert done.exit_code == 2 and "fp8" in done.stderr
+
+
+def test_compare_prints_both_times_and_the_largest_difference_before_the_answer(checkpoint, document):
+    arguments = ("answer", "who wrote the report?", document, "--model", checkpoint, "--compare")
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    line, _, answer = done.stdout.partition("\n")
+    assert re.fullmatch(
+        r"longspan N s, Hugging Face N s \(Nx\), largest difference N in span logits / N in scores",
+        re.sub(r"\d[\d.e-]*", "N", line),
+    )
+    assert "1. " in answer
+    data = json.loads(invoke(*arguments, "--json").stdout)
+    assert list(data)[-1] == "compare"
+    assert data["compare"]["model"] == "BertForQuestionAnswering"
+    assert data["compare"]["tokens"] == data["tokens"]
+
+
+def test_compare_says_where_it_stopped():
+    comparison = Comparison(
+        model="LongformerModel",
+        tokens=16384,
+        longspan_seconds=1.2345,
+        hugging_face_seconds=9.876,
+        output="token vectors",
+        output_difference=0.0031,
+        score_difference=0.00206,
+    )
+    assert _describe(comparison, 128071) == (
+        "first 16,384 of 128,071 tokens: longspan 1.23 s, Hugging Face 9.88 s (8.0x), "
+        "largest difference 0.003 in token vectors / 0.002 in scores\n"
+    )
 
 
 def test_several_files_and_standard_input_are_read_together(checkpoint, document):
@@ -209,13 +252,14 @@ def test_evaluate_prints_a_table_or_its_json(monkeypatch):
     monkeypatch.setattr(
         longspan.tasks.evidence, "evaluate_reader", lambda data, **options: asked.append(options) or table
     )
-    arguments = ("evaluate", "reader", "--data", "d", "--condition", "as_is", "--limit", "7")
+    arguments = ("evaluate", "reader", "--data", "d", "--condition", "as_is", "--limit", "7", "--precision", "int8")
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     assert "7 questions" in done.stdout and "0.840" in done.stdout and "8,000" in done.stdout
     assert json.loads(invoke(*arguments, "--json").stdout) == table
     assert asked[0] == asked[1]
     assert (asked[0]["condition"], asked[0]["split"], asked[0]["limit"]) == ("as_is", "dev", 7)
+    assert asked[0]["precision"] == "int8"
 
 
 def test_train_hands_its_options_to_the_training(monkeypatch, tmp_path):

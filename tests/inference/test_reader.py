@@ -2,6 +2,7 @@ import json
 import shutil
 from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from transformers import (
 
 from longspan import Document, LongspanForEvidence, Reader, to_long
 from longspan.errors import CheckpointError, DocumentError, NotFiniteError, QuestionError
+from longspan.inference.evidence import EvidenceFinder, native_precision
 from longspan.inference.extractive import SpanFinder
 
 SIZES = {
@@ -109,14 +111,27 @@ def test_a_family_that_longspan_does_not_know_runs_on_transformers(tokenizer, tm
     assert reader.answer("who wrote the report?", TEXT).answer in TEXT
 
 
+def test_a_family_that_longspan_does_not_know_has_one_precision(tokenizer, tmp_path):
+    folder = saved(ElectraForQuestionAnswering, ElectraConfig, tokenizer, tmp_path)
+    with pytest.raises(
+        NotImplementedError, match="leaves to transformers, which reads it in fp32; leave precision int8"
+    ):
+        Reader(folder, precision="int8")
+
+
 @pytest.fixture(scope="session")
-def evidence_reader(tokenizer, tmp_path_factory):
+def evidence_checkpoint(tokenizer, tmp_path_factory):
     torch.manual_seed(0)
     long = to_long(BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES)), max_tokens=None, window=16)
     folder = tmp_path_factory.mktemp("evidence")
     LongspanForEvidence(long.config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Reader(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evidence_reader(evidence_checkpoint):
+    return Reader(evidence_checkpoint)
 
 
 def test_the_evidence_reader_gives_passages_of_whole_documents_and_no_answer(evidence_reader):
@@ -143,12 +158,45 @@ def test_copies_of_a_passage_are_found_once(evidence_reader):
         assert len(words & set(better.text.split())) <= 0.6 * len(words)
 
 
-def test_half_precision_finds_the_same_evidence(evidence_reader, monkeypatch):
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(evidence_reader._finder, "dtype", dtype)
-        found[dtype] = evidence_reader.answer("who wrote the report?", TEXT, top=1).passages[0]
-    assert found[torch.bfloat16].score == pytest.approx(found[torch.float32].score, rel=0.1)
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-4), ("bf16", 0.02), ("int8", 0.02)])
+def test_every_precision_finds_the_same_evidence(evidence_checkpoint, tokenizer, precision, error):
+    trained = EvidenceFinder(LongspanForEvidence.from_pretrained(evidence_checkpoint).eval(), tokenizer)
+    expected = trained.candidates("who wrote the report?", [TEXT], passage_words=20).probability
+    reader = Reader(evidence_checkpoint, precision=precision)
+    found = reader._finder.candidates("who wrote the report?", [TEXT], passage_words=20).probability
+    assert np.abs(found - expected).max() < error
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "precision"),
+    [
+        ("cpu", {"avx512_f": True}, "fp32"),
+        ("cpu", {"avx512_bf16": True}, "bf16"),
+        ("cpu", {"bf16": True}, "bf16"),
+        ("meta", {"avx512_bf16": True}, None),
+    ],
+)
+def test_half_precision_is_the_default_where_the_processor_has_it(monkeypatch, device, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert native_precision(torch.device(device)) == precision
+
+
+def test_the_engine_reads_by_default(evidence_reader, reader):
+    assert evidence_reader._finder.model.base_model.encoder.precision == native_precision(torch.device("cpu"))
+    assert reader._finder.model.base_model.encoder.precision == "fp32"
+
+
+def test_an_unknown_precision_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="precision must be 'fp32', 'bf16', 'int8' on cpu; got 'fp8'"):
+        Reader(checkpoint, precision="fp8")
+
+
+def test_weights_with_nan_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["bert.encoder.layer.0.output.dense.weight"][3, 3] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"encoder.blocks.0.ffn_out.weight holds NaN"):
+        Reader(copy)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,11 @@ def test_unknown_conditions_and_systems_are_refused(data):
         evaluate_reader(data, systems=["oracle"])
 
 
+def test_unknown_precisions_are_refused(data, trained, tmp_path):
+    with pytest.raises(ValueError, match="precision must be 'fp32', 'bf16', 'int8' on cpu; got 'fp8'"):
+        evaluate_reader(data, model=trained, precision="fp8", systems=["first"], cache=tmp_path)
+
+
 def test_token_f1_counts_words_of_all_evidence_once():
     evidence = np.array([[10, 20], [15, 30]])  # 20 words
     assert token_f1(np.array([20, 40]), evidence) == 2 * 10 / (20 + 20)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longspan import __version__
-from longspan.cli import answer, convert, evaluate, train
+from longspan.cli import answer, bench, convert, evaluate, quantize, train
 
 
 class _Commands(TyperGroup):
@@ -55,6 +55,8 @@ def _options(
 
 app.command("answer")(answer.answer)
 app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
+app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(train.app, name="train")
 

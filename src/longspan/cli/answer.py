@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Annotated
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,11 +14,18 @@ from longspan.cli.quiet import quiet_transformers
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from longspan.inference.compare import Comparison
     from longspan.inference.documents import Document
     from longspan.inference.reader import Answer, Passage
 
 CONTEXT_CHARS = 200  # shown on either side of a passage
 LONGEST_SHOWN = 4000  # characters of a passage; words of a file without spaces have no bound
+
+
+class Precision(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
 
 
 def answer(
@@ -33,6 +41,13 @@ def answer(
         str | None,
         typer.Option(help="Directory or hub name of a question-answering checkpoint. Default: longspan's own reader."),
     ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="What the encoder computes in. Default: fp32; longspan's reader bf16 where the CPU has it."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run Hugging Face's own encoder, and print both times first.")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="How many passages to print.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     encoding: Annotated[
@@ -44,14 +59,34 @@ def answer(
     from longspan.inference.documents import default_document, read_document
 
     texts = [read_document(path, encoding=encoding) for path in documents or ()] or [default_document()]
-    found = _read(question, texts, model=model, top=top, threads=threads)
+    found, comparison = _read(
+        question,
+        texts,
+        model=model,
+        precision=None if precision is None else precision.value,
+        top=top,
+        threads=threads,
+        compare=compare,
+    )
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+        compared = {} if comparison is None else {"compare": comparison.to_dict()}
+        typer.echo(json.dumps(found.to_dict() | compared, ensure_ascii=False, indent=2))
     else:
+        if comparison is not None:
+            typer.echo(_describe(comparison, found.tokens))
         _print_answer(found, texts)
 
 
-def _read(question: str, documents: list[Document], *, model: str | None, top: int, threads: int | None) -> Answer:
+def _read(
+    question: str,
+    documents: list[Document],
+    *,
+    model: str | None,
+    precision: Any,
+    top: int,
+    threads: int | None,
+    compare: bool,
+) -> tuple[Answer, Comparison | None]:
     """Loads the reader and reads, with a progress bar on stderr where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -74,11 +109,25 @@ def _read(question: str, documents: list[Document], *, model: str | None, top: i
         quiet_transformers()
         if threads is not None:
             torch.set_num_threads(threads)
-        reader = Reader(model)
+        reader = Reader(model, precision=precision)
         bar.update(task, description="Reading")
-        return reader.answer(
+        found = reader.answer(
             question, documents, top=top, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
+        if not compare:
+            return found, None
+        bar.update(task, description="Reading with Hugging Face", total=None)
+        return found, reader.compare(question, documents)
+
+
+def _describe(comparison: Comparison, tokens: int) -> str:
+    """The line that --compare prints."""
+    where = "" if comparison.tokens == tokens else f"first {comparison.tokens:,} of {tokens:,} tokens: "
+    return (
+        f"{where}longspan {comparison.longspan_seconds:.3g} s, Hugging Face {comparison.hugging_face_seconds:.3g} s "
+        f"({comparison.speedup:.1f}x), largest difference {comparison.output_difference:.1g} in {comparison.output} / "
+        f"{comparison.score_difference:.1g} in scores\n"
+    )
 
 
 def _print_answer(found: Answer, documents: list[Document]) -> None:

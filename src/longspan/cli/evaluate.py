@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longspan.cli.answer import Precision
 from longspan.cli.quiet import quiet_transformers
 
 app = typer.Typer(help="Evaluate a model.", no_args_is_help=True)
@@ -33,6 +34,9 @@ def reader(
         Condition, typer.Option(help="Each article as it is, or buried after 6,000 words of others.")
     ] = Condition.buried,
     model: Annotated[str | None, typer.Option(help="Directory of an evidence reader. Default: longspan's own.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="What the reader computes in. Default: bf16 where the CPU has it, or fp32.")
+    ] = None,
     minilm: Annotated[
         str, typer.Option(help="Directory or hub name of the sentence encoder to compare with.")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
@@ -43,7 +47,15 @@ def reader(
     from longspan.tasks.evidence import evaluate_reader
 
     quiet_transformers()
-    table = evaluate_reader(data, split=split, condition=condition.value, model=model, minilm=minilm, limit=limit)
+    table = evaluate_reader(
+        data,
+        split=split,
+        condition=condition.value,
+        model=model,
+        precision=None if precision is None else precision.value,
+        minilm=minilm,
+        limit=limit,
+    )
     if as_json:
         typer.echo(json.dumps(table, indent=2))
     else:

@@ -6,7 +6,7 @@ Shapes: B windows in a batch, N tokens of a window, M candidate spans.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.errors import DocumentError, NotFiniteError, QuestionError
+from longspan.inference.batching import group_by_length
+from longspan.inference.evidence import NO_TEXT
 from longspan.inference.windows import Candidates, word_spans, words_around
 
 ANSWER_TOKENS = 30  # the longest answer, as in SQuAD's own evaluation
@@ -24,7 +26,12 @@ LONGEST_WINDOW = 8192  # tokens; for models without a position limit, so that on
 TOKENS_PER_BATCH = 8192
 
 
-class _Window(NamedTuple):
+Span = tuple[int, int, int]  # document, start and end in characters
+
+
+class Window(NamedTuple):
+    """A stretch of a document behind the question, as the model reads it."""
+
     document: int
     inputs: dict[str, list[int]]
     is_context: list[bool]  # of every token: the document's, not the question's
@@ -48,18 +55,8 @@ class SpanFinder:
         self, question: str, texts: list[str], *, passage_words: int, progress: Callable[[int, int], None] | None = None
     ) -> Candidates:
         """Probabilities are the softmax of start + end logits over the best spans of all windows of all documents."""
-        windows, tokens = self._windows(question, texts)
-        done, total = 0, sum(len(window.offsets) for window in windows)
-        logits: dict[tuple[int, int, int], float] = {}  # (document, start, end in characters) -> best of its windows
-        for batch in _batches(windows):
-            for window, spans in zip(batch, self._best_spans(batch), strict=True):
-                for first, last, logit in spans:
-                    span = (window.document, window.offsets[first][0], window.offsets[last][1])
-                    logits[span] = max(logit, logits.get(span, logit))
-            done += sum(len(window.offsets) for window in batch)
-            if progress is not None:
-                progress(done, total)
-
+        windows, tokens = self.windows(question, texts)
+        logits = self.span_logits(windows, progress)
         spans = np.array(list(logits), dtype=np.int64)  # [M, 3]
         probability = torch.tensor(list(logits.values()), dtype=torch.float64).softmax(0).numpy()
         words, chars, words_before = np.empty((len(spans), 2), np.int64), np.empty((len(spans), 2), np.int64), 0
@@ -73,7 +70,24 @@ class SpanFinder:
         document, start, end = spans[probability.argmax()]
         return Candidates(spans[:, 0], words, chars, probability, texts[document][start:end], tokens)
 
-    def _windows(self, question: str, texts: list[str]) -> tuple[list[_Window], int]:
+    def span_logits(
+        self, windows: list[Window], progress: Callable[[int, int], None] | None = None
+    ) -> dict[Span, float]:
+        """The best spans of all windows, with the larger start + end logit where two windows hold a span."""
+        lengths = [len(window.offsets) for window in windows]
+        done, logits = 0, {}
+        for batch in group_by_length(lengths, max_tokens=TOKENS_PER_BATCH):
+            for number, spans in zip(batch, self._best_spans([windows[number] for number in batch]), strict=True):
+                window = windows[number]
+                for first, last, logit in spans:
+                    span = (window.document, window.offsets[first][0], window.offsets[last][1])
+                    logits[span] = max(logit, logits.get(span, logit))
+                done += lengths[number]
+            if progress is not None:
+                progress(done, sum(lengths))
+        return logits
+
+    def windows(self, question: str, texts: Sequence[str]) -> tuple[list[Window], int]:
         """Every window of every document, and the number of document tokens, overlaps counted once."""
         asked = len(self.tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         if asked > self.window_tokens // 2:
@@ -102,14 +116,14 @@ class SpanFinder:
                 of_document = encoded.sequence_ids(row)
                 is_context = [of == 1 and end > start for of, (start, end) in zip(of_document, offsets, strict=True)]
                 inputs = {name: encoded[name][row] for name in self.input_names}
-                windows.append(_Window(document, inputs, is_context, offsets))
+                windows.append(Window(document, inputs, is_context, offsets))
                 tokens += sum(is_context)
             tokens -= overlap * (rows - 1)
         if not any(any(window.is_context) for window in windows):
-            raise DocumentError("the documents hold no text that this model's tokenizer knows.")
+            raise DocumentError(NO_TEXT)
         return windows, tokens
 
-    def _best_spans(self, batch: list[_Window]) -> list[list[tuple[int, int, float]]]:
+    def _best_spans(self, batch: list[Window]) -> list[list[tuple[int, int, float]]]:
         """For each window its best (first token, last token, start + end logit)."""
         inputs = self.tokenizer.pad({name: [window.inputs[name] for window in batch] for name in batch[0].inputs})
         inputs = {name: torch.tensor(rows, device=self.model.device) for name, rows in inputs.items()}
@@ -134,17 +148,6 @@ def _top_spans(start: Tensor, end: Tensor, is_context: Tensor) -> list[tuple[int
     last = first + order % ANSWER_TOKENS
     spans = zip(first.tolist(), last.tolist(), logits.tolist(), strict=True)
     return [span for span in spans if span[2] != -torch.inf]
-
-
-def _batches(windows: list[_Window]) -> Iterator[list[_Window]]:
-    """Windows of about the same length together, about `TOKENS_PER_BATCH` tokens at a time, the longest first."""
-    batch: list[_Window] = []
-    for window in sorted(windows, key=lambda window: -len(window.offsets)):
-        if batch and (len(batch) + 1) * len(batch[0].offsets) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(window)
-    yield batch
 
 
 def _window_tokens(config: Any, tokenizer: Any) -> int:

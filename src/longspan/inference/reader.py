@@ -12,12 +12,15 @@ import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 from longspan.errors import CheckpointError, QuestionError
+from longspan.inference.compare import Comparison, compare
 from longspan.inference.documents import Document
-from longspan.inference.evidence import EvidenceFinder
+from longspan.inference.evidence import EvidenceFinder, native_precision
 from longspan.inference.extractive import SpanFinder
 from longspan.inference.windows import Candidates, select_disjoint
 from longspan.models.evidence import LongspanForEvidence
 from longspan.models.heads import LongspanForQuestionAnswering
+from longspan.models.packed import Precision
+from longspan.models.plug_in import accelerate
 
 BUILT_IN = Path(__file__).parents[1] / "data" / "reader"
 CANDIDATES_PER_PASSAGE = 4  # looked at for each passage wanted, as some repeat a better one
@@ -61,8 +64,9 @@ class Reader:
     """Answers questions from long documents.
 
     model: the directory or hub name of an extractive question-answering checkpoint or of an evidence reader; None is
-    the evidence reader that comes with longspan. dtype: what it computes in; None is float32, and for the evidence
-    reader bfloat16 where the processor has instructions for it. Raises CheckpointError for anything else.
+    the evidence reader that comes with longspan. precision: "fp32", "bf16" or "int8", what the encoder computes in;
+    None is fp32, and for the evidence reader bf16 where the processor has instructions for it.
+    Raises CheckpointError for anything else, NotImplementedError for a precision that the model's family cannot have.
     """
 
     def __init__(
@@ -70,10 +74,12 @@ class Reader:
         model: str | Path | None = None,
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        precision: Precision | None = None,
     ):
         self.name = "longspan reader" if model is None else str(model)
-        self._finder = _load(str(BUILT_IN if model is None else model), torch.device(device), dtype)
+        self.source = str(BUILT_IN if model is None else model)
+        self.precision: Precision | None = precision
+        self._finder = _load(self.source, torch.device(device), precision)
 
     @torch.inference_mode()
     def answer(
@@ -90,19 +96,9 @@ class Reader:
         documents: texts of any length; plain strings are named "document 1" and so on. progress: called with the number
         of tokens read and to read. Raises QuestionError, DocumentError and NotFiniteError.
         """
-        if not question.strip():
-            raise QuestionError("the question is empty; ask in one sentence, for example: who wrote the report?")
+        documents = _as_documents(question, documents)
         if top < 1 or passage_words < 1:
             raise ValueError(f"top and passage_words must be at least 1; got top={top}, passage_words={passage_words}.")
-        if isinstance(documents, (str, Document)):
-            documents = [documents]
-        if not documents:
-            raise ValueError("there are no documents to read; give at least one.")
-        documents = [
-            Document(f"document {number}", document) if isinstance(document, str) else document
-            for number, document in enumerate(documents, start=1)
-        ]
-
         start = time.perf_counter()
         texts = [document.text for document in documents]
         found = self._finder.candidates(question, texts, passage_words=passage_words, progress=progress)
@@ -130,6 +126,28 @@ class Reader:
             model=self.name,
         )
 
+    def compare(self, question: str, documents: Sequence[Document | str] | Document | str) -> Comparison:
+        """The same reading by Hugging Face's own model, timed and held against this one's.
+
+        Where the documents are longer than `COMPARED_TOKENS`, both read their beginning only. Raises what `answer`
+        does, and NotImplementedError for a model that transformers cannot compute, or computes already.
+        """
+        texts = [document.text for document in _as_documents(question, documents)]
+        return compare(self._finder, self.source, question, texts)
+
+
+def _as_documents(question: str, documents: Sequence[Document | str] | Document | str) -> list[Document]:
+    if not question.strip():
+        raise QuestionError("the question is empty; ask in one sentence, for example: who wrote the report?")
+    if isinstance(documents, (str, Document)):
+        documents = [documents]
+    if not documents:
+        raise ValueError("there are no documents to read; give at least one.")
+    return [
+        Document(f"document {number}", document) if isinstance(document, str) else document
+        for number, document in enumerate(documents, start=1)
+    ]
+
 
 def _select_distinct(found: Candidates, texts: Sequence[str], top: int) -> list[int]:
     """Indices of the `top` best passages that neither overlap nor repeat each other, best first.
@@ -151,15 +169,14 @@ def _select_distinct(found: Candidates, texts: Sequence[str], top: int) -> list[
     return chosen
 
 
-def _load(model: str, device: torch.device, dtype: torch.dtype | None) -> EvidenceFinder | SpanFinder:
-    """The finder for a checkpoint, on longspan's encoder where that can compute the model, else on transformers'."""
-    _check_directory(model)
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+def _load(model: str, device: torch.device, precision: Precision | None) -> EvidenceFinder | SpanFinder:
+    """The finder for a checkpoint, on longspan's engine where that can compute the model, else on transformers'."""
+    check_directory(model)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
         is_evidence = "LongspanForEvidence" in (config.architectures or ())
-        options["dtype"] = torch.float32 if is_evidence or dtype is None else dtype
         ours: Any = LongspanForEvidence if is_evidence else LongspanForQuestionAnswering
         try:
             network, report = ours.from_pretrained(model, **options)
@@ -178,10 +195,21 @@ def _load(model: str, device: torch.device, dtype: torch.dtype | None) -> Eviden
     if not tokenizer.is_fast:
         raise CheckpointError(f"model {model} has only a slow tokenizer, which cannot say where a token stands.")
     network = network.to(device).eval()
-    return EvidenceFinder(network, tokenizer, dtype) if is_evidence else SpanFinder(network, tokenizer)
+    if isinstance(network, ours):
+        precision = precision or network.config.precision  # that of a packed checkpoint
+        if precision is None:
+            native = native_precision(device)
+            precision = native if is_evidence or native is None else "fp32"
+        accelerate(network, precision)
+    elif precision not in (None, "fp32"):
+        raise NotImplementedError(
+            f"model {model} is of a family that longspan leaves to transformers, which reads it in fp32; "
+            f"leave precision {precision} out."
+        )
+    return EvidenceFinder(network, tokenizer) if is_evidence else SpanFinder(network, tokenizer)
 
 
-def _check_directory(model: str) -> None:
+def check_directory(model: str) -> None:
     """Names what a local model directory lacks; a hub name passes."""
     path = Path(model)
     if not path.is_dir():

@@ -63,6 +63,7 @@ class LongspanConfig(PreTrainedConfig):
     pooler: whether the base model ends in a tanh layer over the first token (`pooler_output`).
     family: where the weights came from ("bert", ...): the names they go back to. Nothing in the model reads it.
     trained_tokens: the longest input the checkpoint was trained on; advice that nothing enforces.
+    precision: what the encoder of a packed checkpoint computes in (`longspan quantize`); None: it is not packed.
     """
 
     model_type = "longspan"
@@ -73,6 +74,7 @@ class LongspanConfig(PreTrainedConfig):
     pooler: bool = False
     family: str = "bert"
     trained_tokens: int | None = None
+    precision: str | None = None
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

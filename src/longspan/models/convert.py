@@ -53,7 +53,7 @@ def to_long(
     reads any length as it is), NotImplementedError for other families and heads.
     """
     if isinstance(model, str | Path):
-        model = _load(model, _load_tokenizer(model))
+        model = load_as_ours(model, load_tokenizer(model))
     kind, config, weights = _as_ours(model)
     prefix = "" if issubclass(kind, LongspanModel) else "longspan."
     _lengthen_positions(config, weights, f"{prefix}embeddings.position.weight", max_tokens)
@@ -236,19 +236,18 @@ def convert_checkpoint(
     Raises FileExistsError when `out` is a file or a directory that holds something, and what `to_long` raises.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory: name another, or remove it first")
+    refuse_existing(out)
     if format not in ("longspan", "huggingface"):
         raise ValueError(f"format must be 'longspan' or 'huggingface'; got {format!r}")
-    tokenizer = _load_tokenizer(source)
-    long = to_long(_load(source, tokenizer), max_tokens=max_tokens, window=window)
+    tokenizer = load_tokenizer(source)
+    long = to_long(load_as_ours(source, tokenizer), max_tokens=max_tokens, window=window)
     written = to_hugging_face_longformer(long) if format == "huggingface" else long
     if tokenizer is not None:
         tokenizer.model_max_length = VERY_LARGE_INTEGER if max_tokens is None else max_tokens
         if tokenizer.is_fast:  # tokenizer.json may carry the old length for those who read it without transformers
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
-    with _whole_or_absent(out) as folder:
+    with whole_or_absent(out) as folder:
         written.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -264,8 +263,14 @@ def convert_checkpoint(
     )
 
 
+def refuse_existing(out: Path) -> None:
+    """FileExistsError when `out` is a file or a directory that holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory: name another, or remove it first")
+
+
 @contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
+def whole_or_absent(out: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `out` at the end, or nothing at all after an error."""
     out = out.absolute()
     folder = out.with_name(f".{out.name}.{os.getpid()}.partial")  # beside it, so that renaming copies nothing
@@ -279,7 +284,7 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _load(source: str | Path, tokenizer: Any = None) -> LongspanPreTrainedModel:
+def load_as_ours(source: str | Path, tokenizer: Any = None) -> LongspanPreTrainedModel:
     """The checkpoint as ours, with the head that its configuration names."""
     config = AutoConfig.from_pretrained(source)
     kind: Any = _class_for((config.architectures or ["Model"])[0])
@@ -289,7 +294,7 @@ def _load(source: str | Path, tokenizer: Any = None) -> LongspanPreTrainedModel:
     return model
 
 
-def _load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path) -> Any:
     """The checkpoint's tokenizer, or None where it has none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

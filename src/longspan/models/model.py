@@ -5,11 +5,14 @@ Shapes: B batch, N tokens, C model width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -22,12 +25,15 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import cached_file
 
 from longspan.models.checkpoints import family_of, from_hugging_face, mismatch, translate_config, weight_names
 from longspan.models.config import HeadConfig, LongspanConfig
 from longspan.models.embeddings import Embeddings
 from longspan.models.encoder import Encoder, activation
+from longspan.models.packed import PackedEncoder, Precision
 
 # Whose weights a model of ours starts from, by the task of its head.
 AUTO_CLASSES: dict[str | None, Any] = {
@@ -63,6 +69,7 @@ class LongspanPreTrainedModel(PreTrainedModel):
         Takes transformers' arguments: dtype, revision, num_labels, id2label, cache_dir, local_files_only, token, ...
         Weights that the checkpoint lacks, such as those of a new head, are drawn anew, with transformers' warning.
         Reads safetensors only, unless use_safetensors=False.
+        A checkpoint of `longspan quantize` comes with its encoder packed for inference.
         Raises OSError where there is no model or no weights, NotImplementedError for another family or for an option
         that longspan does not compute, ValueError for weights that do not fit.
         """
@@ -71,9 +78,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             if name is None or isinstance(config, LongspanConfig) or _model_type(config or name, kwargs) == "longspan":
-                model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                    name, *model_args, config=config, output_loading_info=True, **kwargs
-                )
+                load: Any = cls._load_packed if _is_packed(name, config, kwargs) else super().from_pretrained
+                model, info = load(name, *model_args, config=config, output_loading_info=True, **kwargs)
                 _refuse_gaps(info["missing_keys"], name)
                 return (model, info) if wants_info else model
             given = kwargs if config is None else kwargs | {"config": config}
@@ -87,6 +93,26 @@ class LongspanPreTrainedModel(PreTrainedModel):
         model = super().from_pretrained(None, config=config, state_dict=weights, dtype=theirs.dtype)
         model.name_or_path = model.config.name_or_path = str(name)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_packed(cls, name, *model_args, config=None, **kwargs):
+        """A checkpoint of `longspan quantize`: transformers loads the rest, and the encoder is never widened."""
+        hub = _hub_options(kwargs)
+        config = LongspanConfig.from_pretrained(name, **hub) if config is None else config
+        file = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
+        assert file is not None  # it raises OSError where there is none
+        weights = load_file(file)
+        body = re.compile(r"^(longspan\.)?encoder\.")
+        packed = {body.sub("", key): weights.pop(key) for key in list(weights) if body.match(key)}
+        described, config.encoder = (
+            config.encoder_config,
+            replace(config.encoder_config, blocks=(), norm="post").to_dict(),
+        )
+        load: Any = super().from_pretrained
+        model, info = load(None, *model_args, config=config, state_dict=weights, **kwargs)
+        model.config.encoder = described.to_dict()
+        model.base_model.encoder = PackedEncoder(described, packed, cast(Precision, config.precision))
+        return model, info
 
 
 class Head(nn.Module):
@@ -167,6 +193,19 @@ def first_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is None:
         return x[:, 0]
     return x[torch.arange(len(x), device=x.device), token_mask.int().argmax(1)]
+
+
+def _is_packed(name: Any, config: PreTrainedConfig | None, kwargs: dict[str, Any]) -> bool:
+    if name is None:
+        return False
+    fields = PreTrainedConfig.get_config_dict(name, **_hub_options(kwargs))[0] if config is None else config.to_dict()
+    return fields.get("precision") is not None
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where to look."""
+    names = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _model_type(source: Any, kwargs: dict[str, Any]) -> str:

@@ -14,8 +14,11 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
+from longspan.inference.evidence import native_precision
 from longspan.inference.reader import BUILT_IN
 from longspan.models.evidence import LongspanForEvidence
+from longspan.models.packed import Precision
+from longspan.models.plug_in import accelerate
 from longspan.tasks.evidence_systems import (
     BM25Chunks,
     CosineChunks,
@@ -37,6 +40,7 @@ def evaluate_reader(
     split: str = "dev",
     condition: Condition = "buried",
     model: str | Path | None = None,
+    precision: Precision | None = None,
     limit: int | None = None,
     systems: Sequence[str] = SYSTEMS,
     minilm: str | Path = MINILM,
@@ -50,8 +54,9 @@ def evaluate_reader(
     2020, section 4), the F1 between the words of the first passage and those of all gold evidence, averaged over
     questions.
     data: folder with boolq_articles and the sources beside it. condition "buried" puts 6,000 words of other articles,
-    drawn per question from `seed`, before the article. model: directory of a reader, None for longspan's own. limit:
-    a sample drawn from `seed`.
+    drawn per question from `seed`, before the article. model: directory of a reader, None for longspan's own.
+    precision: what its encoder computes in, None for bf16 where the CPU has instructions for it, else fp32. limit: a
+    sample drawn from `seed`.
     minilm: directory or hub name of all-MiniLM-L6-v2; where it can't be had, its row holds no figures and says so.
     cache: where the tokenized articles are kept, by default under ~/.cache/longspan. Raises ValueError for an unknown
     condition or system.
@@ -68,6 +73,7 @@ def evaluate_reader(
         rows = [rows[number] for number in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]
 
     reader = LongspanForEvidence.from_pretrained(source)
+    accelerate(reader, precision or reader.config.precision or native_precision(reader.device))
 
     def build(name: str) -> System:
         if name == "reader":

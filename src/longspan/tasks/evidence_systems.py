@@ -39,8 +39,7 @@ class EvidenceReader:
         question_ids = tokenize_question(self.tokenizer, row.question)
         if self.max_tokens is not None:
             document = document.cut(self.max_tokens - len(question_ids))
-        with torch.autocast("cpu", torch.bfloat16):
-            windows, scores = score_document(self.model, question_ids, document)
+        windows, scores = score_document(self.model, question_ids, document)
         return windows[select_disjoint(windows, scores, TOP)]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.banded import plan_band
+from longspan.attention.backends.operators import define, empty_rows, narrow, with_unit_stride
 from longspan.attention.backends.segments import plan_segments
 from longspan.attention.backends.steps import Step
 from longspan.attention.patterns import DilatedSegments, pattern_from_parts, pattern_to_parts
@@ -45,9 +46,9 @@ def attend_tiled(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, N, D] and lse [B, H, N] for q, k, v [B, H, N, D] and a pattern in parts."""
-    q, k, v = (_with_unit_stride(tensor) for tensor in (q, k, v))
+    q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
     lse = _empty_lse(q).fill_(-math.inf)
-    out = _empty_rows(q, lse.dtype).zero_()  # wide, because several steps may add to one row
+    out = empty_rows(q, lse.dtype).zero_()  # wide, because several steps may add to one row
     fused = q.device.type == "cpu" and not dropout
     drop = _Dropout(dropout, seed, q.device)
     for step in _plan(pattern, tensors, q, token_mask, SCORES_NOT_STORED if fused else SCORES_IN_CACHE):
@@ -59,11 +60,11 @@ def attend_tiled(
             part, part_lse = _merge(out_view, lse_view, part, part_lse)
         out_view.copy_(part)
         lse_view.copy_(part_lse)
-    return _narrow(out, q.dtype), lse.squeeze(-1)
+    return narrow(out, q.dtype), lse.squeeze(-1)
 
 
 def _fake_attend(q, k, v, pattern, tensors, token_mask, seed, scale, dropout):
-    return _empty_rows(q, q.dtype), _empty_lse(q).squeeze(-1)
+    return empty_rows(q, q.dtype), _empty_lse(q).squeeze(-1)
 
 
 def attend_tiled_backward(
@@ -82,14 +83,14 @@ def attend_tiled_backward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    q, k, v, grad_out = (_with_unit_stride(tensor) for tensor in (q, k, v, grad_out))
+    q, k, v, grad_out = (with_unit_stride(tensor) for tensor in (q, k, v, grad_out))
     wide = lse.dtype
     delta = (grad_out.to(wide) * out).sum(-1, keepdim=True)  # [B, H, N, 1]
     if grad_lse is not None:
         delta -= grad_lse[..., None]
     lse = lse[..., None] * LOG2_E
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # exp2(score - inf) = 0 where a row sees nothing
-    grad_q, grad_k, grad_v = (_empty_rows(q, wide).zero_() for _ in range(3))
+    grad_q, grad_k, grad_v = (empty_rows(q, wide).zero_() for _ in range(3))
     drop = _Dropout(dropout, seed, q.device)
     for step in _plan(pattern, tensors, q, token_mask, SCORES_IN_CACHE):
         queries, keys, values = step.query_rows(q), step.key_rows(k), step.key_rows(v)
@@ -105,11 +106,11 @@ def attend_tiled_backward(
         step.add_to_keys(grad_v, dropped.to(q.dtype).mT @ grad)
         step.add_to_keys(grad_k, (grad_scores.mT @ queries).mul_(scale))
         step.query_view(grad_q).add_(grad_scores @ keys, alpha=scale)
-    return _narrow(grad_q, q.dtype), _narrow(grad_k, q.dtype), _narrow(grad_v, q.dtype)
+    return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype)
 
 
 def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, seed, scale, dropout):
-    return _empty_rows(q, q.dtype), _empty_rows(q, q.dtype), _empty_rows(q, q.dtype)
+    return empty_rows(q, q.dtype), empty_rows(q, q.dtype), empty_rows(q, q.dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -128,14 +129,8 @@ def _backward(ctx, grad_out, grad_lse):
     return *grads, None, [None] * len(tensors), None, None, None, None
 
 
-# Not torch.library.custom_op: its first call loads torch's compiler, which takes as long as loading torch.
-for _name, _kernel, _fake in (
-    ("longspan::tiled", attend_tiled, _fake_attend),
-    ("longspan::tiled_backward", attend_tiled_backward, _fake_backward),
-):
-    torch.library.define(_name, torch.library.infer_schema(_kernel, mutates_args=()))
-    torch.library.impl(_name, "default", _kernel)
-    torch.library.register_fake(_name, _fake)
+define("longspan::tiled", attend_tiled, _fake_attend)
+define("longspan::tiled_backward", attend_tiled_backward, _fake_backward)
 torch.library.register_autograd("longspan::tiled", _backward, setup_context=_setup_context)
 
 
@@ -196,19 +191,5 @@ class _Dropout:
         return torch.empty_like(like).bernoulli_(kept, generator=self.generator).div_(kept)
 
 
-def _with_unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _empty_rows(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, H, N, D] laid out as [B, N, H, D], so that joining the heads afterwards copies nothing."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width, dtype=dtype).transpose(1, 2)
-
-
 def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], 1, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _narrow(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows if rows.dtype == dtype else _empty_rows(rows, dtype).copy_(rows)

@@ -1,0 +1,116 @@
+// What the forward and the backward pass share: who sees whom, and rows on their way in and out.
+#pragma once
+#include <math.h>
+
+#include "plan.h"
+
+namespace longspan::LONGSPAN_SET {
+
+// Scores are compared and hidden before they are scaled. So the scale must be positive: a negative one is taken into
+// the sign of the rows, and 0, which would make NaN of -infinity, becomes as good as 0.
+struct Scale {
+  bool negative;
+  float factor;  // of scores, in powers of two
+
+  explicit Scale(float scale) : negative(scale < 0), factor(larger_of(fabsf(scale), 1e-30f) * LOG2_E) {}
+
+ private:
+  static float larger_of(float a, float b) { return a > b ? a : b; }
+};
+
+template <class Tiles>
+ALWAYS_INLINE void load_block(const Tokens& tokens, int64_t begin, int64_t count, const void* base, int64_t stride,
+                              int64_t width, bool negative, typename Tiles::Packed* block) {
+  using Element = typename Tiles::Element;
+  const int64_t padded = round_up(width, Tiles::WIDTH_STEP);
+  const Element* rows[Tiles::ROWS];
+  for (int64_t r = 0; r < Tiles::ROWS; ++r) {
+    const int64_t row = r < count ? tokens.row(begin + r) : 0;
+    rows[r] = r < count && tokens.is_shown(row) ? static_cast<const Element*>(base) + row * stride : nullptr;
+  }
+  Tiles::pack_block(rows, width, padded, block);
+  if (negative) {
+    for (int64_t i = 0; i < Tiles::ROWS * padded; ++i) flip_sign(block[i]);
+  }
+}
+
+// to = own_share * to + share * values. What has a share of 0 may be NaN and leaves no trace.
+template <class T>
+NO_INLINE void blend_row(T* to, float own_share, const float* values, float share, int64_t width) {
+  for (int64_t x = 0; x < width; x += LANES) {
+    const int64_t count = smaller(LANES, width - x);
+    Vector value = share == 0 ? Vector{} : share * load(values + x);
+    if (own_share != 0) value += own_share * (count == LANES ? load(to + x) : load_part(to + x, count));
+    if (count == LANES) store(to + x, value);
+    if (count < LANES) store_part(to + x, value, count);
+  }
+}
+
+ALWAYS_INLINE void blend_row(void* base, int32_t dtype, int64_t offset, float own_share, const float* values, float share,
+                             int64_t width) {
+  if (dtype == LONGSPAN_F32) blend_row(static_cast<float*>(base) + offset, own_share, values, share, width);
+  if (dtype == LONGSPAN_BF16) blend_row(static_cast<bfloat16*>(base) + offset, own_share, values, share, width);
+}
+
+// Where the weights of scores go: in their place if they are of the same type.
+template <class Packed>
+ALWAYS_INLINE Packed* weights_of(float* scores, Arena& arena, int64_t count) {
+  return sizeof(Packed) == sizeof(float) ? reinterpret_cast<Packed*>(scores) : arena.take<Packed>(count);
+}
+
+// Writes the sums of a block, times `factor`, to the rows of its tokens, or adds them. Hidden tokens get 0.
+NO_INLINE void add_rows(const Tokens& tokens, int64_t begin, int64_t count, bool accumulate, const float* sums,
+                        int64_t padded, float factor, void* base, int32_t dtype, int64_t stride, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = tokens.row(begin + r);
+    const bool shown = tokens.is_shown(row);
+    if (!shown && accumulate) continue;
+    blend_row(base, dtype, row * stride, accumulate ? 1 : 0, sums + r * padded, shown ? factor : 0, width);
+  }
+}
+
+ALWAYS_INLINE int64_t limited(int64_t reach) { return smaller(reach, UNLIMITED); }
+
+// One grid of the queries of a lane; `on_grid` false: their positions are those of their rows.
+ALWAYS_INLINE Tokens queries_of(const longspan_attention& call, const longspan_lane& lane, int64_t residue,
+                                int64_t dilation, bool on_grid) {
+  Tokens queries;
+  queries.count = tokens_of_residue(lane.queries, residue, dilation);
+  queries.first = residue;
+  queries.step = dilation;
+  queries.on_grid = on_grid;
+  queries.positions = lane.positions;
+  queries.mask = lane.query_mask;
+  queries.mask_stride = call.query_mask_stride;
+  return queries;
+}
+
+ALWAYS_INLINE Tokens keys_of(const longspan_attention& call, const longspan_lane& lane, int64_t residue) {
+  Tokens keys;
+  keys.count = tokens_of_residue(lane.keys, residue, lane.dilation);
+  keys.first = residue;
+  keys.step = lane.dilation;
+  keys.mask = lane.key_mask;
+  keys.mask_stride = call.key_mask_stride;
+  return keys;
+}
+
+ALWAYS_INLINE Tokens extras_of(const longspan_lane& lane) {
+  Tokens extras;
+  extras.count = lane.extras;
+  extras.list = lane.extra;
+  extras.on_grid = false;
+  return extras;
+}
+
+ALWAYS_INLINE View band_of_queries(const longspan_attention& call, const longspan_lane& lane, int64_t residue) {
+  return {queries_of(call, lane, residue, lane.dilation, true), keys_of(call, lane, residue), limited(lane.before),
+          limited(lane.after)};
+}
+
+ALWAYS_INLINE View extras_of_queries(const longspan_attention& call, const longspan_lane& lane, int64_t residue) {
+  return {queries_of(call, lane, residue, lane.dilation, false), extras_of(lane), UNLIMITED,
+          lane.extra_causal ? 0 : UNLIMITED};
+}
+
+}  // namespace longspan::LONGSPAN_SET

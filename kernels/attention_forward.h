@@ -1,0 +1,161 @@
+// Softmax attention of one pass: scores, online softmax, weighted sum of values, tile by tile.
+#pragma once
+#include "attention.h"
+
+namespace longspan::LONGSPAN_SET {
+
+// Running softmax of the rows of a block. `top` is the largest score met so far, in powers of two; `sums` adds up the
+// exponentials above it, by lane.
+template <int64_t ROWS>
+struct Softmax {
+  float top[ROWS];
+  float sums[ROWS][LANES];
+};
+
+// Turns the scores of a tile into weights 2^(score - top) and adds them up. `alpha` becomes the factor that older sums
+// need because the top has risen. Rows that have seen nothing have top -infinity, weights 0 and sums 0.
+template <int64_t ROWS, class Weight>
+NO_INLINE void advance(Softmax<ROWS>& softmax, float* scores, int64_t stride, int64_t columns, float factor, float* alpha,
+                       Weight* weights) {
+  constexpr bool PRECISE = sizeof(Weight) == sizeof(float);
+  alignas(ALIGNMENT) float base[ROWS];
+  for (int64_t r = 0; r < ROWS; ++r) {
+    const float* row = scores + r * stride;
+    Vector best = load(row);
+    for (int64_t x = LANES; x < columns; x += LANES) best = maximum(load(row + x), best);
+    base[r] = largest(best);
+  }
+  for (int64_t r = 0; r < ROWS; r += LANES) {
+    const Vector old_top = load(softmax.top + r);
+    const Vector top = maximum(old_top, load(base + r) * factor);
+    const Vector finite = top == -INFINITE ? Vector{} : top;
+    store(softmax.top + r, top);
+    store(base + r, finite);
+    store(alpha + r, exp2<true>(old_top - finite));
+  }
+  for (int64_t r = 0; r < ROWS; ++r) {
+    const float* row = scores + r * stride;
+    Weight* to = weights + r * stride;
+    const Vector factors = splat(factor), top = splat(-base[r]);
+    Vector even = alpha[r] * load(softmax.sums[r]), odd = {};
+    int64_t x = 0;
+    for (; x + 2 * LANES <= columns; x += 2 * LANES) {
+      const Vector first = exp2<PRECISE>(multiply_add(load(row + x), factors, top));
+      const Vector second = exp2<PRECISE>(multiply_add(load(row + x + LANES), factors, top));
+      even += first;
+      odd += second;
+      store_pair(to + x, first, second);
+    }
+    if (x < columns) {
+      const Vector last = exp2<PRECISE>(multiply_add(load(row + x), factors, top));
+      even += last;
+      store(to + x, last);
+    }
+    store(softmax.sums[r], even + odd);
+  }
+}
+
+template <class TilesOfType>
+class Forward {
+ public:
+  using Tiles = TilesOfType;
+  using Packed = typename Tiles::Packed;
+  static constexpr int64_t SOURCES = 2;
+  // Scores of 16 rows x 288 columns fit in the first-level cache. Blocks of 32 rows fit in no useful number, and do best
+  // where all of a window of 512 keys is one tile.
+  static constexpr int64_t TILE_PANELS = (Tiles::ROWS == 32 ? 544 : 288) / Tiles::PANEL;
+
+  static int64_t rows(const longspan_lane& lane) { return lane.queries; }
+  static int64_t dilation(const longspan_lane& lane) { return lane.dilation; }
+  static int64_t columns(const longspan_lane& lane, int64_t view) {
+    return view == 0 ? lane.extras : divide_up(lane.keys, lane.dilation);
+  }
+
+  Forward(Arena& arena, const Pass& pass)
+      : call_(pass.call),
+        scale_(pass.call.scale),
+        padded_(round_up(pass.call.width, Tiles::WIDTH_STEP)),
+        sweep_(arena, pass.call.width, pass.most_columns) {
+    const int64_t slots = pass.slots<Tiles>();
+    block_ = arena.take<Packed>(Tiles::ROWS * padded_);
+    scores_ = arena.take<float>(Tiles::ROWS * STRIDE);
+    weights_ = weights_of<Packed>(scores_, arena, Tiles::ROWS * STRIDE);
+    sums_ = arena.take<float>(slots * Tiles::ROWS * padded_);
+    softmaxes_ = arena.take<Softmax<Tiles::ROWS>>(slots);
+  }
+
+  void run(const longspan_lane& lane, int64_t residue, int64_t begin, int64_t end) {
+    lane_ = &lane;
+    const View views[VIEWS] = {extras_of_queries(call_, lane, residue), band_of_queries(call_, lane, residue)};
+    const Source sources[SOURCES] = {{lane.k, call_.k_stride, true}, {lane.v, call_.v_stride, false}};
+    queries_ = &views[1].rows;
+    sweep_.run(*this, views, sources, begin, end);
+  }
+
+  void reset(int64_t slot) {
+    for (int64_t r = 0; r < Tiles::ROWS; ++r) softmaxes_[slot].top[r] = -INFINITE;
+    memset(softmaxes_[slot].sums, 0, sizeof softmaxes_[slot].sums);
+    memset(sums_of(slot), 0, Tiles::ROWS * padded_ * sizeof(float));
+  }
+
+  void load(int64_t begin, int64_t count) {
+    load_block<Tiles>(*queries_, begin, count, lane_->q, call_.q_stride, call_.width, scale_.negative, block_);
+  }
+
+  template <class TileOfPanels>
+  void meet(int64_t slot, const TileOfPanels& tile) {
+    alignas(ALIGNMENT) float alpha[Tiles::ROWS];
+    Tiles::scores(block_, padded_, tile.panels[0], tile.count, scores_, STRIDE);
+    tile.hide_unseen(scores_);
+    advance(softmaxes_[slot], scores_, STRIDE, tile.columns(), scale_.factor, alpha, weights_);
+    Tiles::accumulate(weights_, STRIDE, tile.panels[1], tile.count, padded_, alpha, sums_of(slot));
+  }
+
+  void finish(int64_t slot, int64_t begin, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = queries_->row(begin + r);
+      const bool shown = queries_->is_shown(row);
+      if (!shown && call_.accumulate) continue;
+      const float denominator = shown ? sum(LONGSPAN_SET::load(softmaxes_[slot].sums[r])) : 0;
+      const bool blind = denominator == 0;
+      float lse = blind ? -INFINITE : softmaxes_[slot].top[r] * LN_2 + logf(denominator);
+      float share = blind ? 0 : 1 / denominator, own_share = 0;
+      float* lse_of_row = lane_->lse ? lane_->lse + row * call_.lse_stride : nullptr;
+      if (call_.accumulate) {
+        if (blind) continue;
+        const float total = log_of_sum(*lse_of_row, lse);
+        own_share = expf(*lse_of_row - total);
+        share *= expf(lse - total);
+        lse = total;
+      }
+      if (lse_of_row) *lse_of_row = lse;
+      blend_row(lane_->out, call_.out_dtype, row * call_.out_stride, own_share, sums_of(slot) + r * padded_, share,
+                call_.width);
+    }
+  }
+
+ private:
+  static constexpr int64_t STRIDE = Tile<Tiles, TILE_PANELS>::STRIDE;
+
+  // log(e^a + e^b), where b is finite.
+  static float log_of_sum(float a, float b) {
+    const float top = a > b ? a : b;
+    return top + logf(expf(a - top) + expf(b - top));
+  }
+
+  float* sums_of(int64_t slot) { return sums_ + slot * Tiles::ROWS * padded_; }
+
+  const longspan_attention& call_;
+  const Scale scale_;
+  const int64_t padded_;
+  Sweep<Tiles, Forward> sweep_;
+  Packed* block_;
+  float* scores_;
+  Packed* weights_;
+  float* sums_;
+  Softmax<Tiles::ROWS>* softmaxes_;
+  const longspan_lane* lane_ = nullptr;
+  const Tokens* queries_ = nullptr;
+};
+
+}  // namespace longspan::LONGSPAN_SET

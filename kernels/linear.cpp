@@ -1,0 +1,87 @@
+// The C interface of the linear layers: checks what it is given, and hands it to the instruction set that has them.
+#include <string.h>
+#include <sys/mman.h>
+
+#include "dispatch.h"
+
+namespace longspan {
+
+namespace amx {
+extern const LinearKernels linear;
+}
+
+namespace {
+
+const LinearKernels* kernels() {
+#if defined(LONGSPAN_HAS_AMX)
+  if (strcmp(longspan_instruction_set(), "amx") == 0) return &amx::linear;
+#endif
+  return nullptr;
+}
+
+constexpr int64_t MOST = int64_t{1} << 40;  // numbers in a matrix: keeps their bytes in range
+constexpr uintptr_t ALIGNMENT = 64;
+
+bool is_dtype(int32_t dtype) { return dtype == LONGSPAN_F32 || dtype == LONGSPAN_BF16; }
+bool is_matrix(int64_t rows, int64_t width) { return rows >= 0 && width >= 1 && width <= MOST && rows <= MOST / width; }
+bool is_weight(int64_t in_features, int64_t out_features) {
+  return out_features >= 1 && is_matrix(out_features, in_features);
+}
+bool are_terms(int32_t dtype, int32_t terms) {
+  if (dtype == LONGSPAN_INT8) return terms == LONGSPAN_BYTES;
+  return is_dtype(dtype) && terms >= 1 && terms <= (dtype == LONGSPAN_F32 ? 3 : 1);
+}
+bool is_packed(const void* packed) { return packed && reinterpret_cast<uintptr_t>(packed) % ALIGNMENT == 0; }
+
+bool is_call(const longspan_linear* call) {
+  if (!call || !are_terms(call->dtype, call->terms) || !is_dtype(call->out_dtype)) return false;
+  if (call->activation < LONGSPAN_NO_ACTIVATION || call->activation > LONGSPAN_SILU) return false;
+  if (!is_weight(call->in_features, call->out_features) || !is_packed(call->packed)) return false;
+  if (call->dtype == LONGSPAN_INT8 && call->rows > 0 && !(call->row_scale && call->weight_scale)) return false;
+  return is_matrix(call->rows, call->in_features) && is_matrix(call->rows, call->out_features) &&
+         (call->rows == 0 || (call->in && call->out));
+}
+
+// Weights stream by at every call, and in small pages the processor stops at each to look up where it lies.
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+}  // namespace longspan
+
+using namespace longspan;
+
+extern "C" {
+
+int longspan_linear_is_available(void) { return kernels() != nullptr; }
+
+int64_t longspan_linear_packed_bytes(int64_t in_features, int64_t out_features, int32_t terms) {
+  if (!kernels() || !is_weight(in_features, out_features) ||
+      (terms != LONGSPAN_BYTES && !are_terms(LONGSPAN_F32, terms))) {
+    return -1;
+  }
+  return kernels()->packed_bytes(in_features, out_features, terms);
+}
+
+int longspan_linear_pack(int32_t dtype, const void* weight, int64_t stride, int64_t in_features, int64_t out_features,
+                         int32_t terms, void* packed) {
+  if (!kernels() || !weight || !is_weight(in_features, out_features) || !are_terms(dtype, terms) ||
+      !is_packed(packed)) {
+    return LONGSPAN_BAD_ARGUMENT;
+  }
+  ask_for_huge_pages(packed, kernels()->packed_bytes(in_features, out_features, terms));
+  kernels()->pack(dtype, weight, stride, in_features, out_features, terms, packed);
+  return LONGSPAN_OK;
+}
+
+int longspan_linear_forward(const longspan_linear* call) {
+  if (!kernels() || !is_call(call)) return LONGSPAN_BAD_ARGUMENT;
+  return call->rows == 0 ? LONGSPAN_OK : kernels()->forward(*call);
+}
+}

@@ -1,0 +1,309 @@
+// Row kernels for one instruction set. The interface is told in longspan_rows.h.
+//
+// A row comes into a buffer of floats, changes there and goes out. The buffer stays in the first-level cache, so that
+// each step can be a plain loop of its own; behind the row it holds zeros up to a whole number of groups of vectors.
+// A long row passes in pieces: while one is worked on, the processor already fetches the next from memory.
+#pragma once
+#include <math.h>
+#include <omp.h>
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace longspan::LONGSPAN_SET {
+
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+// Vectors that a loop treats side by side: a sum or a polynomial of one vector leaves the processor waiting for itself.
+constexpr int64_t GROUP = 4;
+
+ALWAYS_INLINE int64_t padded_to_groups(int64_t width) { return round_up(width, GROUP * LANES); }
+
+// Calls visit(i, g) for the vectors at i of a padded row; g is the place of the vector in its group.
+template <class Visit>
+ALWAYS_INLINE void for_each_vector(int64_t width, Visit visit) {
+  for (int64_t i = 0; i < width; i += GROUP * LANES) {
+    UNROLL for (int64_t g = 0; g < GROUP; ++g) visit(i + g * LANES, g);
+  }
+}
+
+template <class T>
+ALWAYS_INLINE Vector load_up_to(const T* from, int64_t count) {
+  return count >= LANES ? load(from) : count > 0 ? load_part(from, count) : Vector{};
+}
+
+template <class T>
+ALWAYS_INLINE void store_up_to(T* to, Vector value, int64_t count) {
+  count >= LANES ? store(to, value) : store_part(to, value, count);
+}
+
+// Calls work(elements of the row) with their type.
+template <class Work>
+ALWAYS_INLINE void with_row(const longspan_matrix& matrix, int64_t row, Work work) {
+  if (matrix.dtype == LONGSPAN_F32) work(static_cast<float*>(matrix.data) + row * matrix.stride);
+  if (matrix.dtype == LONGSPAN_BF16) work(static_cast<bfloat16*>(matrix.data) + row * matrix.stride);
+}
+
+constexpr int64_t PIECE = 256;
+// Bytes from what is read or written to what is fetched from memory meanwhile. Beyond the end that does no harm.
+constexpr int64_t AHEAD = 2048;
+
+// Calls work(first, count) for all pieces of a row. A piece is a whole number of groups of vectors.
+template <class Work>
+ALWAYS_INLINE void for_each_piece(int64_t width, Work work) {
+  for (int64_t first = 0; first < width; first += PIECE) work(first, smaller(PIECE, width - first));
+}
+
+template <class T>
+NO_INLINE void read_elements(const T* from, int64_t count, float scale, const float* bias, float* x) {
+  for (int64_t i = 0; i < padded_to_groups(count); i += LANES) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + i) + AHEAD);
+    Vector value = scale * load_up_to(from + i, count - i);
+    if (bias) value += load_up_to(bias + i, count - i);
+    store(x + i, value);
+  }
+}
+
+// x = `count` columns of a row of the product, from column `first` on.
+ALWAYS_INLINE void read(const longspan_product& from, int64_t row, int64_t first, int64_t count, float* x) {
+  const float scale = from.row_scale ? from.row_scale[row] : 1;
+  const float* bias = from.bias ? from.bias + first : nullptr;
+  with_row(from.data, row, [&](auto* elements) { read_elements(elements + first, count, scale, bias, x); });
+}
+
+template <class T>
+NO_INLINE void add_elements(const T* from, int64_t count, float* x) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + i) + AHEAD);
+    store(x + i, load(x + i) + load_up_to(from + i, count - i));
+  }
+}
+
+ALWAYS_INLINE void add(const longspan_matrix& from, int64_t row, int64_t first, int64_t count, float* x) {
+  if (from.data) with_row(from, row, [&](auto* elements) { add_elements(elements + first, count, x); });
+}
+
+template <class T>
+NO_INLINE void write_elements(const float* x, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    __builtin_prefetch(reinterpret_cast<char*>(to + i) + AHEAD, 1);
+    store_up_to(to + i, load(x + i), count - i);
+  }
+}
+
+ALWAYS_INLINE void write(const float* x, const longspan_matrix& to, int64_t row, int64_t first, int64_t count) {
+  if (to.data) with_row(to, row, [&](auto* elements) { write_elements(x, count, elements + first); });
+}
+
+// The bits of a float grow with its magnitude, and those of NaN are above all others: unlike a comparison of floats,
+// this one does not lose them.
+NO_INLINE float largest_magnitude(const float* x, int64_t width) {
+  Integers most[GROUP] = {};
+  for_each_vector(width, [&](int64_t i, int64_t g) {
+    const Integers bits = load_as<Integers>(x + i) & 0x7fffffff;
+    most[g] = bits > most[g] ? bits : most[g];
+  });
+  int32_t result = 0;
+  for (int64_t g = 0; g < GROUP; ++g) {
+    for (int64_t lane = 0; lane < LANES; ++lane) result = most[g][lane] > result ? most[g][lane] : result;
+  }
+  float value;
+  memcpy(&value, &result, sizeof value);
+  return value;
+}
+
+NO_INLINE void quantize_row(const float* x, int64_t width, uint8_t* to, float* scale) {
+  constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+  const float most = largest_magnitude(x, width);
+  const Vector inverse = splat(most > 0 ? 127 / most : 0), zero = splat(ROUNDING + 128);
+  *scale = most / 127;
+  for (int64_t i = 0; i < width; i += LANES) {
+    const Words rounded = (Words)multiply_add(load(x + i), inverse, zero);
+    const Bytes bytes = __builtin_convertvector(rounded & 255, Bytes);
+    i + LANES <= width ? memcpy(to + i, &bytes, LANES) : memcpy(to + i, &bytes, width - i);
+  }
+}
+
+ALWAYS_INLINE void quantize_row(const float* x, int64_t width, const longspan_result& to, int64_t row) {
+  if (to.quantized) quantize_row(x, width, to.quantized + row * to.quantized_stride, to.scale + row);
+}
+
+// log2 Phi(n) for n in [-8, 0], which is nearly a parabola. Minimax polynomials of the relative error, 1e-7 and 4e-5.
+template <bool precise>
+ALWAYS_INLINE Vector log2_of_phi(Vector n) {
+  Vector y;
+  if constexpr (precise) {
+    y = splat(-9.41349681e-10f);
+    y = multiply_add(y, n, splat(-4.28359628e-08f));
+    y = multiply_add(y, n, splat(-8.47269112e-07f));
+    y = multiply_add(y, n, splat(-9.46069257e-06f));
+    y = multiply_add(y, n, splat(-6.34323321e-05f));
+    y = multiply_add(y, n, splat(-0.000225678404f));
+    y = multiply_add(y, n, splat(0.000124463019f));
+    y = multiply_add(y, n, splat(0.00710824801f));
+    y = multiply_add(y, n, splat(0.0525522629f));
+    y = multiply_add(y, n, splat(-0.459185761f));
+    y = multiply_add(y, n, splat(1.15110775f));
+  } else {
+    y = splat(1.87354343e-05f);
+    y = multiply_add(y, n, splat(0.000549917311f));
+    y = multiply_add(y, n, splat(0.00690957851f));
+    y = multiply_add(y, n, splat(0.0507477402f));
+    y = multiply_add(y, n, splat(-0.461217756f));
+    y = multiply_add(y, n, splat(1.15053492f));
+  }
+  return multiply_add(y, n, splat(-1.0f));
+}
+
+// The activations. Not precise: good enough for what is rounded to 8 bits, as bf16 and int8 are.
+// x * Phi(x) is max(x, 0) + n * Phi(n) with n = -|x|, which keeps its accuracy in the tail. Below -8 it is under 5e-15.
+template <bool precise = true>
+ALWAYS_INLINE Vector gelu(Vector x) {
+  const Vector n = maximum(splat(-8.0f), (Vector)((Words)x | 0x80000000));
+  return multiply_add(n, exp2<precise>(log2_of_phi<precise>(n)), maximum(x, Vector{}));
+}
+
+// x / (1 + 2^-power). Below a power of -126, where the result is 0 for all purposes, 2^-power could become infinite.
+template <bool precise>
+ALWAYS_INLINE Vector times_sigmoid(Vector x, Vector power) {
+  return x / (1.0f + exp2<precise>(-maximum(splat(-126.0f), power)));
+}
+
+template <bool precise = true>
+ALWAYS_INLINE Vector gelu_tanh(Vector x) {
+  constexpr float SLOPE = 1.59576912160573071f * LOG2_E;  // 2 * sqrt(2 / pi)
+  return times_sigmoid<precise>(x, SLOPE * x * multiply_add(0.044715f * x, x, splat(1.0f)));
+}
+
+template <bool precise = true>
+ALWAYS_INLINE Vector silu(Vector x) {
+  return times_sigmoid<precise>(x, LOG2_E * x);
+}
+
+ALWAYS_INLINE Vector relu(Vector x) { return maximum(Vector{}, x); }
+
+template <class Function>
+ALWAYS_INLINE void change(float* x, int64_t count, Function function) {
+  for_each_vector(count, [&](int64_t i, int64_t) { store(x + i, function(load(x + i))); });
+}
+
+template <bool precise>
+NO_INLINE void activate(float* x, int64_t count, int32_t activation) {
+  if (activation == LONGSPAN_GELU) change(x, count, [](Vector v) { return gelu<precise>(v); });
+  if (activation == LONGSPAN_GELU_TANH) change(x, count, [](Vector v) { return gelu_tanh<precise>(v); });
+  if (activation == LONGSPAN_RELU) change(x, count, [](Vector v) { return relu(v); });
+  if (activation == LONGSPAN_SILU) change(x, count, [](Vector v) { return silu<precise>(v); });
+}
+
+ALWAYS_INLINE float sum(const Vector (&parts)[GROUP]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+
+// x = x - mean. Gives the factor that makes the variance 1. Not from the sums of x and x * x: their difference would
+// lose what a large mean leaves.
+NO_INLINE float center_row(float* x, int64_t width, float epsilon) {
+  Vector totals[GROUP] = {}, squares[GROUP] = {};
+  for_each_vector(width, [&](int64_t i, int64_t g) { totals[g] += load(x + i); });
+  const float mean = sum(totals) / width;
+  change(x, width, [&](Vector v) { return v - mean; });
+  memset(x + width, 0, (padded_to_groups(width) - width) * sizeof(float));
+  for_each_vector(width, [&](int64_t i, int64_t g) {
+    squares[g] = multiply_add(load(x + i), load(x + i), squares[g]);
+  });
+  return 1 / sqrtf(sum(squares) / width + epsilon);
+}
+
+NO_INLINE void scale_elements(float* x, int64_t count, float factor, const float* weight, const float* bias) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    Vector value = factor * load(x + i) * load_up_to(weight + i, count - i);
+    if (bias) value += load_up_to(bias + i, count - i);
+    store(x + i, value);
+  }
+}
+
+NO_INLINE void rotate_group(float* x, int64_t half, const float* cos, const float* sin) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int64_t count = half - i;
+    const Vector a = load_up_to(x + i, count), b = load_up_to(x + half + i, count);
+    const Vector c = load_up_to(cos + i, count), s = load_up_to(sin + i, count);
+    store_up_to(x + i, a * c - b * s, count);
+    store_up_to(x + half + i, b * c + a * s, count);
+  }
+}
+
+// Calls work(row, x) for all rows, where x has room for `width` floats and what pads them.
+template <class Work>
+int for_each_row(int64_t rows, int64_t width, Work work) {
+  constexpr int64_t NUMBERS_PER_THREAD = 1 << 15;  // fewer are done before another thread has woken up
+  if (rows == 0) return LONGSPAN_OK;
+  const int64_t threads = smaller(omp_get_max_threads(), divide_up(rows * width, NUMBERS_PER_THREAD));
+  bool missing = false;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    float* x = static_cast<float*>(thread_workspace(padded_to_groups(width) * static_cast<int64_t>(sizeof(float))));
+    if (!x) __atomic_store_n(&missing, true, __ATOMIC_RELAXED);
+    const int64_t end = x ? rows * (thread + 1) / team : 0;
+    for (int64_t row = rows * thread / team; row < end; ++row) work(row, x);
+  }
+  return missing ? LONGSPAN_NO_MEMORY : LONGSPAN_OK;
+}
+
+static int copy_rows(int64_t rows, int64_t width, const longspan_product& from, const longspan_result& to) {
+  return for_each_row(rows, width, [&](int64_t row, float* x) {
+    for_each_piece(width, [&](int64_t first, int64_t count) {
+      read(from, row, first, count, x + first);
+      write(x + first, to.out, row, first, count);
+    });
+    quantize_row(x, width, to, row);
+  });
+}
+
+static int activate_rows(int64_t rows, int64_t width, const longspan_product& from, int32_t activation, bool gated,
+                         const longspan_result& to) {
+  const bool precise = to.out.data && to.out.dtype == LONGSPAN_F32;
+  return for_each_row(rows, padded_to_groups(width) + PIECE, [&](int64_t row, float* x) {
+    float* gate = x + padded_to_groups(width);
+    for_each_piece(width, [&](int64_t first, int64_t count) {
+      float* value = x + first;
+      read(from, row, first, count, value);
+      precise ? activate<true>(value, count, activation) : activate<false>(value, count, activation);
+      if (gated) {
+        read(from, row, width + first, count, gate);
+        for_each_vector(count, [&](int64_t i, int64_t) { store(value + i, load(value + i) * load(gate + i)); });
+      }
+      write(value, to.out, row, first, count);
+    });
+    quantize_row(x, width, to, row);
+  });
+}
+
+static int normalize_rows(int64_t rows, int64_t width, const longspan_product& from, const longspan_norm& norm,
+                          const longspan_result& to) {
+  return for_each_row(rows, width, [&](int64_t row, float* x) {
+    for_each_piece(width, [&](int64_t first, int64_t count) {
+      read(from, row, first, count, x + first);
+      add(norm.residual, row, first, count, x + first);
+      write(x + first, norm.sum, row, first, count);
+    });
+    const float factor = center_row(x, width, norm.epsilon);
+    for_each_piece(width, [&](int64_t first, int64_t count) {
+      scale_elements(x + first, count, factor, norm.weight + first, norm.bias ? norm.bias + first : nullptr);
+      write(x + first, to.out, row, first, count);
+    });
+    quantize_row(x, width, to, row);
+  });
+}
+
+static int rotate_rows(int64_t rows, int64_t width, const longspan_product& from, const longspan_rotary& rotary,
+                       const longspan_result& to) {
+  return for_each_row(rows, width, [&](int64_t row, float* x) {
+    const int64_t at = (rotary.positions ? rotary.positions[row] : row) * rotary.table_stride;
+    read(from, row, 0, width, x);
+    for (int64_t head = 0; head < rotary.heads; ++head) {
+      rotate_group(x + head * rotary.head_width, rotary.head_width / 2, rotary.cos + at, rotary.sin + at);
+    }
+    write(x, to.out, row, 0, width);
+    quantize_row(x, width, to, row);
+  });
+}
+
+}  // namespace longspan::LONGSPAN_SET

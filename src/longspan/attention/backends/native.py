@@ -1,0 +1,365 @@
+"""Attention by longspan's own kernels for CPU: any window, global keys and LongNet segments, forward and backward.
+
+Nothing is gathered, padded or repeated: the kernels read q, k and v where they lie, a lane for each sequence of each
+head (lanes.py). Memory grows with N only; the backward pass computes the probabilities again from the log of each
+row's softmax sum.
+
+Shapes: B batch, H heads, M queries, N keys, D head width, T tokens of all packed sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan import kernels
+from longspan.attention.backends import sdpa
+from longspan.attention.backends.lanes import (
+    FIELD,
+    ExtraKeys,
+    Offsets,
+    Place,
+    find_extra_keys,
+    merges,
+    plan_calls,
+    split,
+)
+from longspan.attention.backends.operators import define, empty_rows, narrow, with_unit_stride
+from longspan.attention.patterns import (
+    DilatedSegments,
+    Full,
+    Pattern,
+    SlidingWindow,
+    pattern_from_parts,
+    pattern_to_parts,
+)
+from longspan.attention.request import Request
+
+# Where nothing is hidden torch's is faster for 16 to 128 tokens, and the two meet near 256: 12 heads of width 64,
+# float32 and bfloat16, 1 thread of a busy machine. With a window they are about equal at 16 to 32 tokens, and the
+# kernels are faster above.
+DENSE_TOKENS = 128
+
+
+def unsupported(request: Request) -> str | None:
+    if request.device.type != "cpu":
+        return f"the kernels run on cpu, not on {request.device.type}"
+    if request.dtype not in kernels.DTYPES:
+        return f"the kernels compute in float32 and bfloat16, not in {str(request.dtype).removeprefix('torch.')}"
+    if request.dropout:
+        return "the kernels have no dropout"
+    halves = split(request.pattern)
+    if isinstance(halves, str):
+        return halves
+    if request.query_positions is not None:
+        if isinstance(halves.near, DilatedSegments):
+            return "query_positions may put rows anywhere, so there are no segments"
+        if isinstance(halves.near, SlidingWindow) and halves.near.dilation != 1:
+            return "the kernels take query_positions only beside a window without dilation"
+    return kernels.problem()
+
+
+def slower(request: Request) -> str | None:
+    plain = request.pattern == Full() and request.token_mask is None and request.query_positions is None
+    if plain and request.k.shape[2] <= DENSE_TOKENS and sdpa.unsupported(request) is None:
+        return f"up to {DENSE_TOKENS} tokens torch's dense attention starts faster where nothing is hidden"
+    return None
+
+
+def run(request: Request) -> tuple[Tensor, Tensor]:
+    text, tensors = pattern_to_parts(request.pattern)
+    q, k, v, scale = request.q, request.k, request.v, request.scale
+    return torch.ops.longspan.native(q, k, v, text, tensors, request.token_mask, request.query_positions, scale)
+
+
+def attend_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    tensors: list[Tensor],
+    token_mask: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, M, D] and lse [B, H, M] for q [B, H, M, D], k, v [B, H, N, D] and a pattern in parts."""
+    _check_rows(q, k, v)
+    q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
+    seen = _look(pattern, tensors, q, k, token_mask, query_positions)
+    merged = merges(seen.near)
+    out, lse = empty_rows(q, torch.float32 if merged else q.dtype), _empty_lse(q)
+    if merged:
+        out.zero_()
+        lse.fill_(-math.inf)
+    _compute({"q": q, "k": k, "v": v, "out": out, "lse": lse}, seen, scale)
+    return narrow(out, q.dtype), lse
+
+
+def _fake_attend(q, k, v, pattern, tensors, token_mask, query_positions, scale):
+    _check_devices(q, k, v)
+    return empty_rows(q, q.dtype), _empty_lse(q)
+
+
+def attend_native_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: str,
+    tensors: list[Tensor],
+    token_mask: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    _check_rows(q, k, v)
+    if not grad_out.shape == out.shape == q.shape or not grad_out.dtype == out.dtype == q.dtype:
+        raise ValueError(
+            f"out and its gradient must be {q.dtype} {list(q.shape)} like q; "
+            f"got {out.dtype} {list(out.shape)} and {grad_out.dtype} {list(grad_out.shape)}"
+        )
+    q, k, v, grad_out = (with_unit_stride(tensor) for tensor in (q, k, v, grad_out))
+    seen = _look(pattern, tensors, q, k, token_mask, query_positions)
+    delta = (grad_out.float() * out.float()).sum(-1)  # [B, H, M]
+    if grad_lse is not None:
+        delta -= grad_lse
+    merged = merges(seen.near)
+    grad_q, grad_k, grad_v = (empty_rows(rows, torch.float32 if merged else q.dtype) for rows in (q, k, v))
+    if merged:
+        for gradient in (grad_q, grad_k, grad_v):
+            gradient.zero_()
+    rows = {"q": q, "k": k, "v": v, "lse": lse.contiguous(), "delta": delta.contiguous(), "grad_out": grad_out}
+    _compute(rows | {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}, seen, scale)
+    return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype)
+
+
+def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, query_positions, scale):
+    return empty_rows(q, q.dtype), empty_rows(k, q.dtype), empty_rows(v, q.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.pattern, tensors, token_mask, query_positions, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, token_mask, query_positions, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, token_mask, query_positions, *tensors = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.longspan.native_backward(
+        grad_out, grad_lse, q, k, v, out, lse, ctx.pattern, tensors, token_mask, query_positions, ctx.scale
+    )
+    return *grads, None, [None] * len(tensors), None, None, None
+
+
+define("longspan::native", attend_native, _fake_attend)
+define("longspan::native_backward", attend_native_backward, _fake_backward)
+torch.library.register_autograd("longspan::native", _backward, setup_context=_setup_context)
+
+
+class Sequences:
+    """Sequences of T tokens in all that stand one after the other, so that no row is padding.
+
+    offsets: where each begins, and last T; one more number than sequences. A sequence may be empty.
+    marked: Bool[T], the global keys: seen by all tokens of their sequence. Made once for all layers of a model.
+    """
+
+    def __init__(self, offsets: Sequence[int], marked: Tensor | None = None):
+        self.offsets = tuple(int(offset) for offset in offsets)
+        if len(self.offsets) < 2 or self.offsets[0] != 0 or list(self.offsets) != sorted(self.offsets):
+            raise ValueError(f"offsets must begin with 0, never fall and end with the number of tokens; got {offsets}")
+        if marked is not None and (marked.dtype != torch.bool or marked.shape != (self.tokens,) or not marked.is_cpu):
+            raise ValueError(
+                f"marked must be Bool[{self.tokens}] on cpu; got {marked.dtype} {list(marked.shape)} on {marked.device}"
+            )
+        self.extra, self.masks = None, {}
+        if marked is not None and marked.any():
+            self.extra, self.masks = find_extra_keys(marked[None], self.offsets), {"key_mask": ~marked}
+
+    @property
+    def tokens(self) -> int:
+        return self.offsets[-1]
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    pattern: Pattern = Full(),  # noqa: B008  # patterns are frozen
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention within each of the packed sequences, without gradients.
+
+    q, k, v: [T, H, D], such as the three parts of a fused projection [T, 3, H, D].
+    pattern: Full, SlidingWindow or, where no key is marked, DilatedSegments. Where it only looks back, marked keys too
+    are seen only by what follows them.
+    scale: factor on q @ k, D ** -0.5 by default. out: [T, H, D] of the same dtype to write to, instead of a new one.
+
+    Raises ValueError for inputs that do not fit together, NotImplementedError where the kernels cannot run them.
+    """
+    if q.ndim != 3 or not q.shape == k.shape == v.shape or len(q) != sequences.tokens:
+        raise ValueError(
+            f"q, k and v must be [T, H, D] with T = {sequences.tokens}, where the sequences end; "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    _check_kernels(q, k, v)
+    _, heads, width = q.shape
+    pattern.check_fits(1, heads, sequences.tokens, q.device)
+    halves = split(pattern)
+    if isinstance(halves, str) or halves.near is None or halves.marked is not None:
+        raise NotImplementedError(
+            f"packed sequences take Full, SlidingWindow or DilatedSegments, with global keys as Sequences(marked=...); "
+            f"got {pattern!r}"
+        )
+    merged = merges(halves.near)
+    if merged and sequences.extra is not None:
+        raise NotImplementedError("the kernels compute dilated_segments alone, not beside marked keys")
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype)
+    elif out.shape != q.shape or out.dtype != q.dtype or not out.is_cpu or out.stride(2) != 1:
+        raise ValueError(
+            f"out must be {q.dtype} {list(q.shape)} on cpu with adjacent numbers in each row; "
+            f"got {out.dtype} {list(out.shape)} on {out.device}, strides {list(out.stride())}"
+        )
+    q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
+    lse = torch.empty(sequences.tokens, heads)
+    wide = torch.zeros(q.shape) if merged and out.dtype != torch.float32 else out
+    if merged:
+        wide.zero_()
+        lse.fill_(-math.inf)
+    seen = _Seen(halves.near, sequences.extra, halves.looks_back_only, sequences.masks, sequences.offsets)
+    _compute({"q": q, "k": k, "v": v, "out": wide, "lse": lse}, seen, width**-0.5 if scale is None else scale)
+    return out if wide is out else out.copy_(wide)
+
+
+class _Seen(NamedTuple):
+    """What the rows see: the pattern, with its masks."""
+
+    near: Pattern | None
+    extra: ExtraKeys | None
+    causal_extra: bool
+    masks: dict[
+        str, Tensor
+    ]  # by field: query_mask Bool[B, M], key_mask Bool[B, N], positions Long[B, M]; packed Bool[T]
+    offsets: Offsets = None
+
+
+def _look(
+    text: str, tensors: list[Tensor], q: Tensor, k: Tensor, token_mask: Tensor | None, query_positions: Tensor | None
+) -> _Seen:
+    pattern = pattern_from_parts(text, tensors)
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    pattern.check_fits(batch, heads, keys, q.device)
+    halves = split(pattern)
+    if isinstance(halves, str):
+        raise NotImplementedError(halves)
+    key_mask = query_mask = token_mask
+    if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != (batch, keys)):
+        raise ValueError(f"token_mask must be Bool[{batch}, {keys}]; got {token_mask.dtype} {list(token_mask.shape)}")
+    positions = query_positions
+    if positions is not None:
+        positions = _check_positions(positions, batch, queries, keys)
+        query_mask = None if token_mask is None else token_mask.gather(1, positions)
+    elif queries != keys:
+        raise ValueError(f"q has {queries} rows but k has {keys}; query_positions must say where the rows of q stand")
+    extra = None
+    if halves.marked is not None:
+        marked = halves.marked if token_mask is None else halves.marked & token_mask
+        extra = find_extra_keys(marked, None)
+        key_mask = ~marked if token_mask is None else token_mask & ~marked
+        if halves.near is None:
+            key_mask = torch.zeros(1, 1, dtype=torch.bool).expand(batch, keys)
+    masks = {"query_mask": query_mask, "key_mask": key_mask, "positions": positions}
+    given = {field: mask for field, mask in masks.items() if mask is not None}
+    return _Seen(halves.near, extra, halves.causal_marked, given)
+
+
+def _check_positions(positions: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """Long[B, M] with adjacent numbers."""
+    if positions.dtype != torch.long or positions.shape not in ((queries,), (batch, queries)):
+        raise ValueError(
+            f"query_positions must be Long[{queries}] or Long[{batch}, {queries}]; "
+            f"got {positions.dtype} {list(positions.shape)}"
+        )
+    first, last = positions.aminmax()
+    if first < 0 or last >= keys:
+        raise ValueError(f"query_positions must lie in 0..{keys - 1}, among the keys; got {int(first)} to {int(last)}")
+    return positions.contiguous().expand(batch, queries)
+
+
+def _check_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The kernels trust their addresses, so nothing that does not fit comes through, whoever calls."""
+    if (
+        not q.ndim == k.ndim == v.ndim == 4
+        or k.shape != v.shape
+        or q.shape[:2] != k.shape[:2]
+        or q.shape[3] != k.shape[3]
+    ):
+        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        raise ValueError(f"q, k and v must share B, H and D, and k and v also N; got {shapes}")
+    _check_kernels(q, k, v)
+
+
+def _check_kernels(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in kernels.DTYPES:
+        raise ValueError(f"the kernels take q, k and v in float32 or bfloat16; got {q.dtype}, {k.dtype}, {v.dtype}")
+    _check_devices(q, k, v)
+    if not q.is_cpu:
+        raise ValueError(f"the kernels take q, k and v on cpu; got {q.device}")
+    if kernels.library() is None:
+        raise NotImplementedError(kernels.problem())
+
+
+def _check_devices(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float) -> None:
+    """Run the forward kernel, or the backward one where gradients are among the rows.
+
+    rows: by field of longspan_lane, [B, H, N, D] with adjacent numbers or [B, H, N]; packed [T, H, D] or [T, H].
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale, the factor on q @ k, must be finite; got {scale}")
+    q, k = rows["q"], rows["k"]
+    if seen.offsets is None:
+        (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    else:
+        (queries, heads, width), keys, batch = q.shape, k.shape[0], 1
+    places, addresses = [], np.zeros(len(FIELD), np.int64)
+    for field, tensor in (rows | seen.masks).items():
+        places.append(Place(field, tensor.dtype, *_strides(tensor, seen.offsets)))
+        addresses[FIELD[field]] = tensor.data_ptr()
+    shape = batch, heads, queries, keys
+    calls = plan_calls(seen.near, seen.causal_extra, shape, seen.offsets, tuple(places), width, scale)
+    library = kernels.library()
+    assert library is not None
+    run = library.longspan_attention_backward if "grad_q" in rows else library.longspan_attention_forward
+    for call in calls:
+        table = call.table(addresses, seen.extra)
+        run(call.settings, table.ctypes.data, len(table))
+
+
+def _strides(tensor: Tensor, offsets: Offsets) -> tuple[int, int, int]:
+    """From one batch row, head and row to the next."""
+    strides = list(tensor.stride())
+    if offsets is not None:
+        return 0, strides[1] if len(strides) > 1 else 0, strides[0]
+    return (strides[0], strides[1], strides[2]) if len(strides) > 2 else (strides[0], 0, strides[1])

@@ -1,0 +1,110 @@
+"""The benchmark page quotes result files and nothing else."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """docs/tables.py with an empty project around it."""
+    functions = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+    functions["render"].__globals__["ROOT"] = tmp_path
+    (tmp_path / "results").mkdir()
+    return functions
+
+
+def row(system, case="forward, fp32", **fields):
+    defaults = {"precision": "fp32", "ours": False, "status": "ok", "median_ms": 20.0, "speedup": {}}
+    defaults |= {"share_of_gemm": None, "relative_error": 1e-6, "tolerance": 1e-5, "peak_mib": None}
+    return {"case": case, "system": system} | defaults | fields
+
+
+def save(folder, name, *rows, goals=()):
+    measured = {
+        "topic": name.rsplit("_", 1)[1],
+        "command": "longspan bench attention",
+        "commit": "abc1234",
+        "date": "2026-01-02",
+        "machine": {"cpu": "A CPU", "threads": 2, "instruction_set": "amx"},
+        "versions": {"torch": "2.13.0", "longspan": "0.2.0", "openvino": None},
+        "goals": list(goals),
+        "rows": list(rows),
+    }
+    (folder / "results" / f"{name}.json").write_text(json.dumps(measured))
+
+
+def test_the_page_is_what_the_result_files_say():
+    with_tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))["with_tables"]
+    assert with_tables(TEXT, PAGE) == TEXT
+
+
+def test_the_page_has_a_table_for_every_benchmark():
+    from longspan.bench.cases import GOALS
+
+    quoted = set(re.findall(r"<!-- table: ([\w-]+) -->", TEXT))
+    assert quoted == {"goals", "bench-encoder-base", *GOALS}
+
+
+def test_its_local_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", TEXT):
+        assert (PAGE.parent / link).exists(), link
+
+
+def test_times_speedups_and_refusals_are_shown(tables, tmp_path):
+    save(
+        tmp_path,
+        "2026-01-02_cpu_bench-attention",
+        row(
+            "ours",
+            ours=True,
+            median_ms=5.004,
+            speedup={"stock fp32": 4.0, "dense fp32": 2.0, "flex fp32": 3.0},
+            share_of_gemm=0.76,
+        ),
+        row("stock"),
+        row("dense", status="failed tolerance", median_ms=None, relative_error=0.5),
+    )
+    shown = tables["render"]("bench-attention", tmp_path / "docs" / "page.md")
+    assert "| ours | 5 (2.00x, 76% of GEMM) | 1.0e-06, 1e-05 |" in shown
+    assert "| stock | 20 | 1.0e-06, 1e-05 |" in shown
+    assert "| dense | failed tolerance | 5.0e-01, 1e-05 |" in shown
+    assert "A CPU, 2 threads, kernels for amx, commit abc1234, 2026-01-02; torch 2.13.0 ([file](../results/" in shown
+
+
+def test_memory_has_a_table_of_its_own(tables, tmp_path):
+    peak = {"median_ms": None, "tolerance": None, "relative_error": None}
+    save(
+        tmp_path,
+        "2026-01-02_cpu_bench-attention",
+        row("ours"),
+        row("ours", "memory, 4,096 tokens", peak_mib=4.2, **peak),
+        row("chunks", "memory, 4,096 tokens", status="left out", **peak),
+    )
+    shown = tables["render"]("bench-attention", tmp_path / "page.md")
+    assert "| MiB | memory, 4,096 tokens |\n|---|---:|\n| ours | 4 |\n| chunks | left out |" in shown
+
+
+def test_goals_come_from_the_newest_file_of_each_benchmark(tables, tmp_path):
+    goal = {"what": "int8", "reach": 11, "at_most": False, "measured": 12.34, "unit": "x", "met": True}
+    save(tmp_path, "2026-01-02_cpu_bench-dense", goals=[goal | {"measured": 9.0, "met": False}])
+    save(
+        tmp_path,
+        "2026-01-03_cpu_bench-dense",
+        goals=[goal, goal | {"what": "error", "at_most": True, "unit": "", "reach": 0.02, "measured": 0.011}],
+    )
+    shown = tables["render"]("goals", tmp_path / "page.md")
+    assert "| bench-dense | int8 | ≥ 11x | 12.3x | yes |" in shown
+    assert "| bench-dense | error | ≤ 0.02 | 0.011 | yes |" in shown
+    assert "9" not in shown.replace("bench", "")
+
+
+def test_what_was_not_measured_says_how(tables, tmp_path):
+    assert tables["render"]("bench-dense", tmp_path / "page.md") == "Not measured yet: `longspan bench dense`.\n"
