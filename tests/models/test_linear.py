@@ -47,6 +47,20 @@ def test_floating_point_layers_equal_float64(kind, dtype, tolerance, number):
     assert relative_error(kind(Weight(weight), None, dtype)(x.to(dtype)).finished(), expected) < tolerance
 
 
+@needs_tiles
+def test_torchs_high_matmul_precision_takes_two_bf16_numbers_for_a_float32():
+    weight, bias = drawn()
+    x = torch.randn(64, 26, generator=torch.Generator().manual_seed(1))
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        high = make_linear(Weight(weight), bias, "fp32")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert 1e-6 < relative_error(high(x).finished(), expected) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "silu", "tanh", None])
 @pytest.mark.parametrize("kind", FLOATS[:2])
 def test_an_activation_is_in_the_product_or_left_to_the_caller(kind, name):

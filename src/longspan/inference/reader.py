@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 from longspan.errors import CheckpointError, QuestionError
-from longspan.inference.compare import Comparison, compare
 from longspan.inference.documents import Document
 from longspan.inference.evidence import EvidenceFinder, native_precision
 from longspan.inference.extractive import SpanFinder
@@ -25,6 +24,9 @@ from longspan.models.plug_in import accelerate
 BUILT_IN = Path(__file__).parents[1] / "data" / "reader"
 CANDIDATES_PER_PASSAGE = 4  # looked at for each passage wanted, as some repeat a better one
 SEQUENCE_WORDS = 8  # two texts that share so many words in a row share them by copying
+
+if TYPE_CHECKING:
+    from longspan.inference.compare import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,8 @@ class Reader:
         does, and NotImplementedError for a model that transformers cannot compute, or computes already.
         """
         texts = [document.text for document in _as_documents(question, documents)]
+        from longspan.inference.compare import compare  # transformers' own models take seconds to import
+
         return compare(self._finder, self.source, question, texts)
 
 

@@ -200,7 +200,7 @@ class LongspanForEvidence(LongspanPreTrainedModel):
             states.append(read[:, place : place + min(ONE_PASS, total - start)])
         document = states[0] if len(states) == 1 else torch.cat(states, 1)
         scores = []
-        for part in spans.split(SPANS_AT_ONCE):  # neighbors: sums over a few thousand tokens, precise at any length
+        for part in spans.split(SPANS_AT_ONCE):  # neighbors, so that few token vectors are widened at a time
             low, high = int(part.min()), int(part.max())
             scores.append(self.window_scorer(span_means(document[:, low:high], (part - low)[None]), question)[0])
         return torch.cat(scores)
@@ -273,18 +273,15 @@ def widen_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def span_means(hidden: Tensor, spans: Tensor) -> Tensor:
-    """Mean vector of each span: hidden [B, N, C], spans Long[B, M, 2] (start, end exclusive) -> [B, M, C], fp32.
-
-    Differences of running sums: linear in N whatever the spans' overlap. The mean over all tokens is taken out first,
-    so that the sums stay small beside their differences.
-    """
-    hidden = hidden.float()
-    center = hidden.mean(1, keepdim=True).detach()
-    sums = F.pad((hidden - center).cumsum(1), (0, 0, 1, 0))
-    starts, ends = spans[..., :1], spans[..., 1:]
-    width = hidden.shape[-1]
-    totals = sums.gather(1, ends.expand(-1, -1, width)) - sums.gather(1, starts.expand(-1, -1, width))
-    return totals / (ends - starts) + center
+    """Mean vector of each span: hidden [B, N, C], spans Long[B, M, 2] (start, end exclusive) -> [B, M, C], fp32."""
+    batch, tokens, width = hidden.shape
+    first_row = torch.arange(batch, device=spans.device)[:, None] * tokens
+    starts, lengths = (spans[..., 0] + first_row).flatten(), (spans[..., 1] - spans[..., 0]).flatten()
+    ends = lengths.cumsum(0)
+    offsets = ends - lengths
+    index = torch.arange(int(ends[-1]), device=spans.device) + (starts - offsets).repeat_interleave(lengths)
+    means = F.embedding_bag(index, hidden.float().flatten(0, 1), offsets, mode="mean")
+    return means.view(batch, -1, width)
 
 
 def evidence_loss(scores: Tensor, labels: Tensor) -> Tensor:

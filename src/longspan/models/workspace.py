@@ -18,7 +18,7 @@ from longspan.models.encoder import BlockConfig, EncoderConfig, Rotary
 from longspan.models.ragged import Ragged
 
 ROW_STEP = 16  # rows are counted in sixteens: oneDNN prepares for every number of rows it meets, at a cost of 1 ms
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 4096
 
 
 class Workspace:
