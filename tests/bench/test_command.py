@@ -84,7 +84,7 @@ def test_modernbert_is_compared_with_sdpa():
 
 
 def test_attention_is_compared_with_every_way_in_pytorch():
-    rows = check(json.loads(bench("attention", "--quick", "--json").stdout), "bench-attention")
+    rows = check(json.loads(bench("attention", "--quick", "--memory", "--json").stdout), "bench-attention")
     names = {system for _, system, _ in rows}
     assert {"SDPA on chunks", "FlexAttention", "dense SDPA", "Hugging Face chunks", "local-attention"} <= names
     assert rows["forward, fp32", "FlexAttention", "fp32"]["status"] == "left out"

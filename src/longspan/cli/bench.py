@@ -70,14 +70,16 @@ def attention(
     context: typer.Context,
     threads: Threads = None,
     seconds: Seconds = 10,
+    memory: Memory = False,
     quick: Quick = False,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Sliding window attention alone, against all ways to compute it in PyTorch; and its memory at growing length."""
+    """Sliding window attention alone, against all ways to compute it in PyTorch; --memory: up to 262,144 tokens."""
     from longspan.bench.cases import attention_cases, memory_cases
 
-    _run(context, "attention", attention_cases(quick=quick), memory_cases=memory_cases(quick=quick))
+    cases = memory_cases(quick=quick) if memory else ()
+    _run(context, "attention", attention_cases(quick=quick), memory_cases=cases)
 
 
 @app.command()
