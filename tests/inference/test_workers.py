@@ -202,7 +202,7 @@ def test_what_loading_the_model_raises_is_raised_here(model, tmp_path):
 
 
 SCRIPT = """
-import multiprocessing, signal, sys
+import multiprocessing, sys, time
 from longspan.inference import WorkerPool
 
 if __name__ == "__main__":
@@ -212,7 +212,8 @@ if __name__ == "__main__":
             (worker,) = multiprocessing.active_children()
             try:
                 print(worker.pid, *output.last_hidden_state.shape, flush=True)
-                signal.pause()
+                while True:  # not signal.pause(), which sleeps on where another thread takes the signal
+                    time.sleep(0.05)
             except KeyboardInterrupt:
                 pass
 """
