@@ -5,19 +5,9 @@
 
 #include "../longspan_linear.h"
 #include "attention_cases.h"
+#include "check.h"
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                 \
-  do {                                                        \
-    if (!(condition) && ++failures <= 20) {                   \
-      printf("line %d: %s is false: ", __LINE__, #condition); \
-      printf(__VA_ARGS__);                                    \
-      printf("\n");                                           \
-    }                                                         \
-  } while (0)
 
 double activated(int32_t activation, double x) {
   switch (activation) {

@@ -7,26 +7,9 @@
 #include <functional>
 
 #include "attention_cases.h"
+#include "check.h"
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                       \
-  do {                                                              \
-    if (!(condition) && ++failures <= 20) {                         \
-      printf("line %d: %s is false: ", __LINE__, #condition);       \
-      printf(__VA_ARGS__);                                          \
-      printf("\n");                                                 \
-    }                                                               \
-  } while (0)
-
-template <class Body>
-void with_each_set(Body body) {
-  for (const char* set : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
-    if (longspan_use_instruction_set(set) == LONGSPAN_OK) body(set);
-  }
-}
 
 using Numbers = std::vector<double>;
 

@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file
 
 from longspan.attention import Pattern
 from longspan.models.config import LongspanConfig
+from longspan.models.linear import Weight
 from longspan.models.model import LongspanModel, LongspanPreTrainedModel
 
 COSINE_SCALE = 20.0  # sentence-transformers' training temperature of all-MiniLM-L6-v2, so step 0 is that retriever
@@ -257,8 +258,8 @@ def narrow_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if weight.ndim != 2:
             narrow[name] = weight.float().contiguous()
             continue
-        scale = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        narrow[name] = (weight.float() / scale[:, None]).round().to(torch.int8)
+        narrow[name], scale = Weight(weight).narrowed()
+        assert scale is not None
         narrow[f"{name}.scale"] = scale
     return narrow
 
@@ -268,7 +269,7 @@ def widen_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     wide = {name: weight for name, weight in weights.items() if not name.endswith(".scale")}
     for name, weight in wide.items():
         if weight.dtype == torch.int8:
-            wide[name] = weight.float() * weights[f"{name}.scale"][:, None]
+            wide[name] = Weight(weight, weights[f"{name}.scale"]).widened(torch.float32)
     return wide
 
 
@@ -277,9 +278,9 @@ def span_means(hidden: Tensor, spans: Tensor) -> Tensor:
     batch, tokens, width = hidden.shape
     first_row = torch.arange(batch, device=spans.device)[:, None] * tokens
     starts, lengths = (spans[..., 0] + first_row).flatten(), (spans[..., 1] - spans[..., 0]).flatten()
-    ends = lengths.cumsum(0)
-    offsets = ends - lengths
-    index = torch.arange(int(ends[-1]), device=spans.device) + (starts - offsets).repeat_interleave(lengths)
+    offsets = lengths.cumsum(0) - lengths
+    shifts = (starts - offsets).repeat_interleave(lengths)
+    index = torch.arange(len(shifts), device=spans.device) + shifts
     means = F.embedding_bag(index, hidden.float().flatten(0, 1), offsets, mode="mean")
     return means.view(batch, -1, width)
 
