@@ -118,9 +118,9 @@ class Forward {
       if (!shown && call_.accumulate) continue;
       const float denominator = shown ? sum(LONGSPAN_SET::load(softmaxes_[slot].sums[r])) : 0;
       const bool blind = denominator == 0;
-      float lse = blind ? -INFINITE : softmaxes_[slot].top[r] * LN_2 + logf(denominator);
-      float share = blind ? 0 : 1 / denominator, own_share = 0;
       float* lse_of_row = lane_->lse ? lane_->lse + row * call_.lse_stride : nullptr;
+      float lse = blind || !lse_of_row ? -INFINITE : softmaxes_[slot].top[r] * LN_2 + logf(denominator);
+      float share = blind ? 0 : 1 / denominator, own_share = 0;
       if (call_.accumulate) {
         if (blind) continue;
         const float total = log_of_sum(*lse_of_row, lse);

@@ -5,6 +5,9 @@
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -91,6 +94,8 @@ const InstructionSet& current() {
   return *set;
 }
 
+constexpr int64_t SMALL_PAGE = 4096, HUGE_PAGE = 1 << 21;
+
 struct Workspace {
   void* memory = nullptr;
   int64_t bytes = 0;
@@ -163,11 +168,12 @@ bool are_lanes(const longspan_attention& call, const longspan_lane* lanes, int64
 void* thread_workspace(int64_t bytes) {
   static thread_local Workspace workspace;
   if (bytes > workspace.bytes) {
-    constexpr int64_t PAGE = 4096;
+    const int64_t page = bytes < HUGE_PAGE ? SMALL_PAGE : HUGE_PAGE;
     free(workspace.memory);
-    workspace.bytes = (bytes + PAGE - 1) / PAGE * PAGE;
-    workspace.memory = aligned_alloc(PAGE, workspace.bytes);
+    workspace.bytes = (bytes + page - 1) / page * page;
+    workspace.memory = aligned_alloc(page, workspace.bytes);
     if (!workspace.memory) workspace.bytes = 0;
+    longspan_prefer_huge_pages(workspace.memory, workspace.bytes);
   }
   return workspace.memory;
 }
@@ -210,5 +216,14 @@ int longspan_use_instruction_set(const char* name) {
 
 int longspan_num_threads(void) { return omp_get_max_threads(); }
 
-int64_t longspan_interface_version(void) { return 1; }
+// Where rows lie far apart, the processor otherwise stops at each to look up its page.
+void longspan_prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + SMALL_PAGE - 1) / SMALL_PAGE * SMALL_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / SMALL_PAGE * SMALL_PAGE;
+  if (memory && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+int64_t longspan_interface_version(void) { return 2; }
 }

@@ -1,6 +1,5 @@
 // The C interface of the linear layers: checks what it is given, and hands it to the instruction set that has them.
 #include <string.h>
-#include <sys/mman.h>
 
 #include "dispatch.h"
 
@@ -42,16 +41,6 @@ bool is_call(const longspan_linear* call) {
          (call->rows == 0 || (call->in && call->out));
 }
 
-// Weights stream by at every call, and in small pages the processor stops at each to look up where it lies.
-void ask_for_huge_pages(void* memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 }  // namespace longspan
 
@@ -75,7 +64,7 @@ int longspan_linear_pack(int32_t dtype, const void* weight, int64_t stride, int6
       !is_packed(packed)) {
     return LONGSPAN_BAD_ARGUMENT;
   }
-  ask_for_huge_pages(packed, kernels()->packed_bytes(in_features, out_features, terms));
+  longspan_prefer_huge_pages(packed, kernels()->packed_bytes(in_features, out_features, terms));
   kernels()->pack(dtype, weight, stride, in_features, out_features, terms, packed);
   return LONGSPAN_OK;
 }

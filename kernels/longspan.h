@@ -55,6 +55,8 @@ LONGSPAN_API const char *longspan_instruction_set(void);
 // For tests and benchmarks: restrict the choice. BAD_ARGUMENT where the CPU or the build lacks it.
 LONGSPAN_API int longspan_use_instruction_set(const char *name);
 LONGSPAN_API int longspan_num_threads(void);  // of the next parallel region of the calling thread
+// Asks the system to lay memory out in huge pages, of 2 MiB: before anything is written to it.
+LONGSPAN_API void longspan_prefer_huge_pages(void *memory, int64_t bytes);
 LONGSPAN_API int64_t longspan_interface_version(void);  // the Python side refuses another
 
 #ifdef __cplusplus

@@ -23,7 +23,6 @@ from longspan.kernels.rows import ACTIVATIONS, Bytes
 BYTES = 0  # in place of terms
 INT8 = 2  # beside kernels.DTYPES: int8 in weights, uint8 in rows
 ALIGNMENT = 64
-HUGE_PAGE = 1 << 21
 
 
 class PackedWeight(NamedTuple):
@@ -70,7 +69,7 @@ def pack_linear(weight: Tensor, *, terms: int = 3, scale: Tensor | None = None) 
     size = library.longspan_linear_packed_bytes(in_features, out_features, terms)
     if size < 0:
         raise ValueError(f"weight is {list(weight.shape)}; a linear layer has one row and one number in it, or more")
-    data = _aligned_bytes(size)
+    data = kernels.empty_in_huge_pages([size], torch.uint8)
     library.longspan_linear_pack(
         dtype, weight.data_ptr(), _stride(weight), in_features, out_features, terms, data.data_ptr()
     )
@@ -176,14 +175,6 @@ def _available_library() -> ctypes.CDLL:
             "ask longspan.kernels.linear.available() first, and use torch.nn.functional.linear otherwise"
         )
     return library
-
-
-def _aligned_bytes(size: int) -> Tensor:
-    """uint8 [size] that begins at a huge page where it fills one, which the library then asks for."""
-    alignment = HUGE_PAGE if size >= HUGE_PAGE else ALIGNMENT
-    wide = torch.empty(size + alignment, dtype=torch.uint8)
-    start = -wide.data_ptr() % alignment
-    return wide[start : start + size]
 
 
 def _stride(x: Tensor) -> int:

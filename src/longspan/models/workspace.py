@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.kernels import empty_in_huge_pages as empty
 from longspan.kernels import rows
 from longspan.kernels.rows import Bytes, Norm, Product
 from longspan.models.encoder import BlockConfig, EncoderConfig, Rotary
@@ -42,22 +43,22 @@ class Workspace:
         longest = max(chunk.stop - chunk.start for chunk in self.chunks)
         inner = max(block.heads * block.head_width for block in config.blocks)
         ffn = max(block.ffn_width for block in config.blocks)
-        self.stream = torch.empty(number, config.width, dtype=torch.float32 if self.pre else dtype)
+        self.stream = empty([number, config.width], torch.float32 if self.pre else dtype)
         self.stream[batch.tokens :] = 0
-        self._qkv = torch.empty(number * 3 * inner, dtype=dtype)
-        self._attended = torch.empty(number * inner, dtype=dtype)
+        self._qkv = empty([number * 3 * inner], dtype)
+        self._attended = empty([number * inner], dtype)
         self._bytes = self._inner = self._read = None
-        self._sum = torch.empty(longest, config.width, dtype=dtype)
-        self._ffn_product = torch.empty(longest * ffn * (2 if config.gated else 1), dtype=dtype)
+        self._sum = empty([longest, config.width], dtype)
+        self._ffn_product = empty([longest * ffn * (2 if config.gated else 1)], dtype)
         self.layer_input = None if self.pre else self.stream
         if in_8_bits:
             widest = max(config.width, inner, ffn)
-            self._bytes = Bytes(torch.empty(longest * widest, dtype=torch.uint8), torch.empty(longest))
+            self._bytes = Bytes(empty([longest * widest], torch.uint8), torch.empty(longest))
         else:
-            self._inner = torch.empty(longest * ffn, dtype=dtype)
-            self._read = torch.empty(longest, config.width, dtype=dtype) if self.pre else None
+            self._inner = empty([longest * ffn], dtype)
+            self._read = empty([longest, config.width], dtype) if self.pre else None
         if self.pre and batch.marked is not None and any(block.global_projections for block in config.blocks):
-            self.layer_input = torch.empty(number, config.width, dtype=dtype)
+            self.layer_input = empty([number, config.width], dtype)
 
     def qkv(self, block: BlockConfig) -> Tensor:
         """[T, 3*H*D]"""

@@ -234,14 +234,13 @@ def attend_packed(
             f"got {out.dtype} {list(out.shape)} on {out.device}, strides {list(out.stride())}"
         )
     q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
-    lse = torch.empty(sequences.tokens, heads)
-    wide = torch.zeros(q.shape) if merged and out.dtype != torch.float32 else out
-    if merged:
-        wide.zero_()
-        lse.fill_(-math.inf)
+    rows = {"q": q, "k": k, "v": v, "out": out}
+    if merged:  # several calls, or none, write a row
+        rows["out"] = torch.zeros(q.shape) if out.dtype != torch.float32 else out.zero_()
+        rows["lse"] = torch.full((sequences.tokens, heads), -math.inf)
     seen = _Seen(halves.near, sequences.extra, halves.looks_back_only, sequences.masks, sequences.offsets)
-    _compute({"q": q, "k": k, "v": v, "out": wide, "lse": lse}, seen, width**-0.5 if scale is None else scale)
-    return out if wide is out else out.copy_(wide)
+    _compute(rows, seen, width**-0.5 if scale is None else scale)
+    return out if rows["out"] is out else out.copy_(rows["out"])
 
 
 class _Seen(NamedTuple):
