@@ -24,9 +24,14 @@ ALWAYS_INLINE void load_block(const Tokens& tokens, int64_t begin, int64_t count
   using Element = typename Tiles::Element;
   const int64_t padded = round_up(width, Tiles::WIDTH_STEP);
   const Element* rows[Tiles::ROWS];
-  for (int64_t r = 0; r < Tiles::ROWS; ++r) {
-    const int64_t row = r < count ? tokens.row(begin + r) : 0;
-    rows[r] = r < count && tokens.is_shown(row) ? static_cast<const Element*>(base) + row * stride : nullptr;
+  if (tokens.is_plain() && count == Tiles::ROWS) {
+    const Element* from = static_cast<const Element*>(base) + tokens.row(begin) * stride;
+    for (int64_t r = 0; r < Tiles::ROWS; ++r) rows[r] = from + r * (tokens.step * stride);
+  } else {
+    for (int64_t r = 0; r < Tiles::ROWS; ++r) {
+      const int64_t row = r < count ? tokens.row(begin + r) : 0;
+      rows[r] = r < count && tokens.is_shown(row) ? static_cast<const Element*>(base) + row * stride : nullptr;
+    }
   }
   Tiles::pack_block(rows, width, padded, block);
   if (negative) {
@@ -34,9 +39,19 @@ ALWAYS_INLINE void load_block(const Tokens& tokens, int64_t begin, int64_t count
   }
 }
 
+// Rows that are read or written soon. They lie far apart, where the hardware does not foresee them.
+ALWAYS_INLINE void prefetch_rows(const Tokens& tokens, int64_t begin, int64_t count, const void* base, int64_t stride,
+                                 int64_t size, int64_t width) {
+  const int64_t end = smaller(begin + count, tokens.count);
+  for (int64_t n = begin; n < end; ++n) {
+    const char* row = static_cast<const char*>(base) + tokens.row(n) * stride * size;
+    for (int64_t x = 0; x < width * size; x += 64) __builtin_prefetch(row + x, 0, 2);
+  }
+}
+
 // to = own_share * to + share * values. What has a share of 0 may be NaN and leaves no trace.
 template <class T>
-NO_INLINE void blend_row(T* to, float own_share, const float* values, float share, int64_t width) {
+ALWAYS_INLINE void blend_row(T* to, float own_share, const float* values, float share, int64_t width) {
   for (int64_t x = 0; x < width; x += LANES) {
     const int64_t count = smaller(LANES, width - x);
     Vector value = share == 0 ? Vector{} : share * load(values + x);

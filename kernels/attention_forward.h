@@ -12,12 +12,14 @@ struct Softmax {
   float sums[ROWS][LANES];
 };
 
-// Turns the scores of a tile into weights 2^(score - top) and adds them up. `alpha` becomes the factor that older sums
-// need because the top has risen. Rows that have seen nothing have top -infinity, weights 0 and sums 0.
+// Turns the scores of a tile into weights 2^(score - top) and adds them up. Where a score is far above the top, the top
+// rises, `alpha` becomes the factors that older sums need, and the result is true; rows that have seen nothing have top
+// -infinity, weights 0 and sums 0.
 template <int64_t ROWS, class Weight>
-NO_INLINE void advance(Softmax<ROWS>& softmax, float* scores, int64_t stride, int64_t columns, float factor, float* alpha,
+NO_INLINE bool advance(Softmax<ROWS>& softmax, float* scores, int64_t stride, int64_t columns, float factor, float* alpha,
                        Weight* weights) {
   constexpr bool PRECISE = sizeof(Weight) == sizeof(float);
+  constexpr float SLACK = 8;  // weights of up to 2^8 lose nothing, and the top hardly ever rises again
   alignas(ALIGNMENT) float base[ROWS];
   for (int64_t r = 0; r < ROWS; ++r) {
     const float* row = scores + r * stride;
@@ -25,19 +27,25 @@ NO_INLINE void advance(Softmax<ROWS>& softmax, float* scores, int64_t stride, in
     for (int64_t x = LANES; x < columns; x += LANES) best = maximum(load(row + x), best);
     base[r] = largest(best);
   }
+  bool rises = false;
+  for (int64_t r = 0; r < ROWS; r += LANES) {
+    rises |= any_larger(load(base + r) * factor, load(softmax.top + r) + SLACK);
+  }
   for (int64_t r = 0; r < ROWS; r += LANES) {
     const Vector old_top = load(softmax.top + r);
-    const Vector top = maximum(old_top, load(base + r) * factor);
+    const Vector top = rises ? maximum(old_top, load(base + r) * factor) : old_top;
     const Vector finite = top == -INFINITE ? Vector{} : top;
-    store(softmax.top + r, top);
     store(base + r, finite);
+    if (!rises) continue;
+    store(softmax.top + r, top);
     store(alpha + r, exp2<true>(old_top - finite));
   }
   for (int64_t r = 0; r < ROWS; ++r) {
     const float* row = scores + r * stride;
     Weight* to = weights + r * stride;
     const Vector factors = splat(factor), top = splat(-base[r]);
-    Vector even = alpha[r] * load(softmax.sums[r]), odd = {};
+    Vector even = load(softmax.sums[r]), odd = {};
+    if (rises) even *= alpha[r];
     int64_t x = 0;
     for (; x + 2 * LANES <= columns; x += 2 * LANES) {
       const Vector first = exp2<PRECISE>(multiply_add(load(row + x), factors, top));
@@ -53,6 +61,7 @@ NO_INLINE void advance(Softmax<ROWS>& softmax, float* scores, int64_t stride, in
     }
     store(softmax.sums[r], even + odd);
   }
+  return rises;
 }
 
 template <class TilesOfType>
@@ -99,6 +108,9 @@ class Forward {
   }
 
   void load(int64_t begin, int64_t count) {
+    prefetch_rows(*queries_, begin + count, count, lane_->q, call_.q_stride, sizeof(typename Tiles::Element), call_.width);
+    prefetch_rows(*queries_, begin, count, lane_->out, call_.out_stride, call_.out_dtype == LONGSPAN_F32 ? 4 : 2,
+                  call_.width);
     load_block<Tiles>(*queries_, begin, count, lane_->q, call_.q_stride, call_.width, scale_.negative, block_);
   }
 
@@ -107,35 +119,46 @@ class Forward {
     alignas(ALIGNMENT) float alpha[Tiles::ROWS];
     Tiles::scores(block_, padded_, tile.panels[0], tile.count, scores_, STRIDE);
     tile.hide_unseen(scores_);
-    advance(softmaxes_[slot], scores_, STRIDE, tile.columns(), scale_.factor, alpha, weights_);
-    Tiles::accumulate(weights_, STRIDE, tile.panels[1], tile.count, padded_, alpha, sums_of(slot));
+    const bool rises = advance(softmaxes_[slot], scores_, STRIDE, tile.columns(), scale_.factor, alpha, weights_);
+    Tiles::accumulate(weights_, STRIDE, tile.panels[1], tile.count, padded_, rises ? alpha : nullptr, sums_of(slot));
   }
 
   void finish(int64_t slot, int64_t begin, int64_t count) {
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = queries_->row(begin + r);
-      const bool shown = queries_->is_shown(row);
-      if (!shown && call_.accumulate) continue;
-      const float denominator = shown ? sum(LONGSPAN_SET::load(softmaxes_[slot].sums[r])) : 0;
-      const bool blind = denominator == 0;
-      float* lse_of_row = lane_->lse ? lane_->lse + row * call_.lse_stride : nullptr;
-      float lse = blind || !lse_of_row ? -INFINITE : softmaxes_[slot].top[r] * LN_2 + logf(denominator);
-      float share = blind ? 0 : 1 / denominator, own_share = 0;
-      if (call_.accumulate) {
-        if (blind) continue;
-        const float total = log_of_sum(*lse_of_row, lse);
-        own_share = expf(*lse_of_row - total);
-        share *= expf(lse - total);
-        lse = total;
-      }
-      if (lse_of_row) *lse_of_row = lse;
-      blend_row(lane_->out, call_.out_dtype, row * call_.out_stride, own_share, sums_of(slot) + r * padded_, share,
-                call_.width);
+    alignas(ALIGNMENT) float totals[Tiles::ROWS], shares[Tiles::ROWS];
+    for (int64_t r = 0; r < Tiles::ROWS; r += LANES) {
+      const Vector total = sums_of_rows(softmaxes_[slot].sums + r);
+      store(totals + r, total);
+      store(shares + r, total == 0 ? Vector{} : 1 / total);
     }
+    if (call_.out_dtype == LONGSPAN_F32) finish_rows<float>(slot, begin, count, totals, shares);
+    if (call_.out_dtype == LONGSPAN_BF16) finish_rows<bfloat16>(slot, begin, count, totals, shares);
   }
 
  private:
   static constexpr int64_t STRIDE = Tile<Tiles, TILE_PANELS>::STRIDE;
+
+  template <class Out>
+  void finish_rows(int64_t slot, int64_t begin, int64_t count, const float* totals, const float* shares) {
+    const float* sums = sums_of(slot);
+    for (int64_t r = 0; r < count; ++r, sums += padded_) {
+      const int64_t row = queries_->row(begin + r);
+      const bool shown = queries_->is_shown(row), blind = !shown || totals[r] == 0;
+      if (call_.accumulate && blind) continue;
+      float share = blind ? 0 : shares[r], own_share = 0;
+      if (lane_->lse) {
+        float& to = lane_->lse[row * call_.lse_stride];
+        float lse = blind ? -INFINITE : softmaxes_[slot].top[r] * LN_2 + logf(totals[r]);
+        if (call_.accumulate) {
+          const float total = log_of_sum(to, lse);
+          own_share = expf(to - total);
+          share *= expf(lse - total);
+          lse = total;
+        }
+        to = lse;
+      }
+      blend_row(static_cast<Out*>(lane_->out) + row * call_.out_stride, own_share, sums, share, call_.width);
+    }
+  }
 
   // log(e^a + e^b), where b is finite.
   static float log_of_sum(float a, float b) {

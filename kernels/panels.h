@@ -43,6 +43,9 @@ struct Tokens {
   }
   int64_t position(int64_t n) const { return positions ? positions[row(n)] : on_grid ? n : row(n); }
   bool position_is_number() const { return on_grid && !positions; }
+  // Nothing is hidden, and rows and positions rise in equal steps.
+  bool is_plain() const { return !list && !positions && !mask && !lse; }
+  int64_t position_step() const { return on_grid ? 1 : step; }  // of plain tokens
 };
 
 // Rows see the columns at positions from their own - before to their own + after.
@@ -58,6 +61,11 @@ struct Reach {
   int64_t lowest_first = UNLIMITED, highest_first = -UNLIMITED, lowest_last = UNLIMITED, highest_last = -UNLIMITED;
 
   Reach(const View& view, int64_t begin, int64_t count) {
+    if (count == 0) return;
+    if (view.rows.is_plain()) {
+      fill_plain(view, begin, count);
+      return;
+    }
     for (int64_t r = 0; r < ROWS; ++r) {
       first[r] = 0;
       last[r] = -1;
@@ -71,6 +79,22 @@ struct Reach {
       lowest_last = smaller(lowest_last, to);
       highest_last = larger(highest_last, to);
     }
+  }
+
+ private:
+  void fill_plain(const View& view, int64_t begin, int64_t count) {
+    const int32_t start = static_cast<int32_t>(view.rows.position(begin));
+    const int32_t step = static_cast<int32_t>(view.rows.position_step());
+    const int32_t before = static_cast<int32_t>(view.before), after = static_cast<int32_t>(view.after);
+    for (int32_t r = 0; r < ROWS; ++r) {
+      const int32_t position = start + r * step;
+      first[r] = r < count ? position - before : 0;
+      last[r] = r < count ? position + after : -1;
+    }
+    lowest_first = first[0];
+    highest_first = first[count - 1];
+    lowest_last = last[0];
+    highest_last = last[count - 1];
   }
 };
 
@@ -169,6 +193,13 @@ class Segment {
   void describe(int64_t panel) {
     const int64_t begin = panel * Tiles::PANEL;
     int32_t* to = positions_ + (panel - range_.begin) * Tiles::PANEL;
+    if (columns_->is_plain() && begin + Tiles::PANEL <= columns_->count) {
+      const int32_t start = static_cast<int32_t>(columns_->position(begin));
+      const int32_t step = static_cast<int32_t>(columns_->position_step());
+      for (int32_t j = 0; j < Tiles::PANEL; ++j) to[j] = start + j * step;
+      at(panel) = {to[0], to[Tiles::PANEL - 1], true, true, false};
+      return;
+    }
     int64_t first = UNLIMITED, last = NOWHERE, shown = 0;
     for (int64_t j = 0; j < Tiles::PANEL; ++j) {
       const int64_t n = begin + j;
@@ -186,6 +217,11 @@ class Segment {
   void addresses(int64_t panel, const Source& source, const Element** rows) const {
     const int32_t* position = positions(panel);
     const Element* base = static_cast<const Element*>(source.rows);
+    if (columns_->is_plain() && at(panel).all) {
+      base += columns_->row(panel * Tiles::PANEL) * source.stride;
+      for (int64_t j = 0; j < Tiles::PANEL; ++j) rows[j] = base + j * (columns_->step * source.stride);
+      return;
+    }
     for (int64_t j = 0; j < Tiles::PANEL; ++j) {
       const int64_t n = panel * Tiles::PANEL + j;
       rows[j] = position[j] == NOWHERE ? nullptr : base + columns_->row(n) * source.stride;

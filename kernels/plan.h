@@ -66,9 +66,10 @@ int run_pass(const longspan_attention& call, const longspan_lane* lanes, int64_t
       __atomic_fetch_add(&working, 1, __ATOMIC_RELAXED);
       Worker worker(arena, pass);
       Worker::Tiles::begin();
+      // All lanes of some rows before the next rows: heads lie side by side in memory.
       for (int64_t task; (task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED)) < num_tasks;) {
-        const longspan_lane& lane = lanes[task / tasks_per_lane];
-        const int64_t grids = num_grids(lane), within = task % tasks_per_lane;
+        const longspan_lane& lane = lanes[task % num_lanes];
+        const int64_t grids = num_grids(lane), within = task / num_lanes;
         if (grids == 0) continue;
         const int64_t residue = within % grids, begin = within / grids * pass.rows_per_task;
         const int64_t rows = tokens_of_residue(Worker::rows(lane), residue, Worker::dilation(lane));

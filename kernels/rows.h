@@ -103,10 +103,8 @@ NO_INLINE float largest_magnitude(const float* x, int64_t width) {
     const Integers bits = load_as<Integers>(x + i) & 0x7fffffff;
     most[g] = bits > most[g] ? bits : most[g];
   });
-  int32_t result = 0;
-  for (int64_t g = 0; g < GROUP; ++g) {
-    for (int64_t lane = 0; lane < LANES; ++lane) result = most[g][lane] > result ? most[g][lane] : result;
-  }
+  for (int64_t g = 1; g < GROUP; ++g) most[0] = most[g] > most[0] ? most[g] : most[0];
+  const int32_t result = largest(most[0]);
   float value;
   memcpy(&value, &result, sizeof value);
   return value;

@@ -87,6 +87,16 @@ ALWAYS_INLINE float largest(Vector x) {
 #endif
 }
 
+ALWAYS_INLINE int32_t largest(Integers x) {
+#if LONGSPAN_AVX512
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t result = x[0];
+  UNROLL for (int64_t i = 1; i < LANES; ++i) result = result > x[i] ? result : x[i];
+  return result;
+#endif
+}
+
 ALWAYS_INLINE float sum(Vector x) {
 #if LONGSPAN_AVX512
   return _mm512_reduce_add_ps(x);
@@ -94,6 +104,18 @@ ALWAYS_INLINE float sum(Vector x) {
   float result = x[0];
   UNROLL for (int64_t i = 1; i < LANES; ++i) result += x[i];
   return result;
+#endif
+}
+
+// Whether a lane of a is larger than that of b.
+ALWAYS_INLINE bool any_larger(Vector a, Vector b) {
+#if LONGSPAN_AVX512
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#else
+  const Integers larger = a > b;
+  int32_t found = 0;
+  UNROLL for (int64_t i = 0; i < LANES; ++i) found |= larger[i];
+  return found != 0;
 #endif
 }
 
@@ -224,6 +246,16 @@ ALWAYS_INLINE void transpose(Words (&rows)[LANES]) {
     }
     UNROLL for (int64_t i = 0; i < LANES; ++i) rows[i] = next[i];
   }
+}
+
+// The sum of each of LANES rows of LANES numbers.
+ALWAYS_INLINE Vector sums_of_rows(const float (*rows)[LANES]) {
+  Words square[LANES];
+  UNROLL for (int64_t i = 0; i < LANES; ++i) square[i] = load_as<Words>(rows[i]);
+  transpose(square);
+  Vector total = (Vector)square[0];
+  UNROLL for (int64_t i = 1; i < LANES; ++i) total += (Vector)square[i];
+  return total;
 }
 
 }  // namespace longspan::LONGSPAN_SET

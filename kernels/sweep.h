@@ -107,6 +107,12 @@ class Sweep {
 
   static Range panels_seen(const View& view, int64_t begin, int64_t end) {
     int64_t first = UNLIMITED, last = -UNLIMITED;
+    if (view.columns.count == 0) return {0, 0};
+    if (view.rows.is_plain()) {
+      first = view.rows.position(begin) - view.before;
+      last = view.rows.position(end - 1) + view.after;
+      return panels_within(view.columns, Tiles::PANEL, first, last);
+    }
     for (int64_t row = begin; row < end; row += Tiles::ROWS) {
       const Block reach(view, row, smaller(Tiles::ROWS, end - row));
       first = smaller(first, reach.lowest_first);

@@ -24,6 +24,10 @@ struct AmxTiles {
 
   NO_INLINE void pack_block(const Element* const* rows, int64_t width, int64_t padded, Packed* block) {
     for (int64_t row = 0; row < ROWS; ++row) {
+      if (rows[row] && width == padded) {
+        for (int64_t x = 0; x < padded; x += STEP) memcpy(block + row * padded + x, rows[row] + x, sizeof(Words));
+        continue;
+      }
       for (int64_t x = 0; x < padded; x += STEP) {
         const Words numbers = words_of(rows[row], x, width);
         memcpy(block + row * padded + x, &numbers, sizeof numbers);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from enum import Enum
@@ -110,6 +111,7 @@ def _read(
         if threads is not None:
             torch.set_num_threads(threads)
         reader = Reader(model, precision=precision)
+        gc.freeze()  # what is loaded stays: the many small objects of a long text need not be held against it
         bar.update(task, description="Reading")
         found = reader.answer(
             question, documents, top=top, progress=lambda done, total: bar.update(task, completed=done, total=total)

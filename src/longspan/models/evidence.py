@@ -33,6 +33,7 @@ from longspan.models.model import LongspanModel, LongspanPreTrainedModel
 COSINE_SCALE = 20.0  # sentence-transformers' training temperature of all-MiniLM-L6-v2, so step 0 is that retriever
 SENTENCE_WEIGHT = 0.5
 SPANS_AT_ONCE = 2048
+EMBEDDED_AT_ONCE = 2048  # tokens
 ONE_PASS = 262_144  # tokens; at most some 5 GiB in bf16 for six layers of width 384
 
 
@@ -240,10 +241,20 @@ class LongspanForEvidence(LongspanPreTrainedModel):
         return ONE_PASS if reach is None else max(reach.before, reach.after)
 
     def _encode(self, input_ids, token_mask, global_mask, position_ids) -> Tensor:
-        x = self.longspan.embeddings(input_ids, position_ids=position_ids)
-        if torch.is_autocast_enabled(x.device.type):  # a residual stream in fp32 would double each layer's traffic
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self.longspan.encoder(x, token_mask, global_mask, position_ids=position_ids)
+        embeddings, encoder = self.longspan.embeddings, self.longspan.encoder
+        dtype = embeddings.word.weight.dtype
+        if torch.is_autocast_enabled(input_ids.device.type):
+            dtype = torch.get_autocast_dtype(input_ids.device.type)
+        elif getattr(encoder, "precision", "fp32") != "fp32":
+            dtype = torch.bfloat16
+        if torch.is_grad_enabled():
+            x = embeddings(input_ids, position_ids=position_ids).to(dtype)
+        else:  # a part at a time: what lies between two operations stays in the processor's cache
+            x = torch.empty(*input_ids.shape, encoder.config.width, dtype=dtype, device=input_ids.device)
+            for start in range(0, input_ids.shape[1], EMBEDDED_AT_ONCE):
+                part = slice(start, start + EMBEDDED_AT_ONCE)
+                x[:, part] = embeddings(input_ids[:, part], position_ids=position_ids[:, part])
+        return encoder(x, token_mask, global_mask, position_ids=position_ids)
 
 
 def _is_compact(name: str | Path, hub: dict[str, Any]) -> bool:
