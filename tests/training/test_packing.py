@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from longspan.training.evidence_rows import load_rows
-from longspan.training.packing import batch_rows, invent_question, join, pack_row, relevance
+from longspan.training.packing import (
+    batch_rows,
+    invent_question,
+    join,
+    natural_row,
+    opening_row,
+    pack_row,
+    relevance,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,27 @@ def test_a_packed_row_fits_and_marks_the_zebra(articles, row, question, tokenize
     for spans in (packed.windows, packed.sentences):
         assert (spans[:, 0] < spans[:, 1]).all()
         assert spans.max() <= len(packed.document_ids)
+
+
+def test_natural_rows_fit_and_mark_the_zebra(articles, row, tokenizer):
+    others = np.nonzero(~articles.repeats_dev)[0]
+    zebra = tokenizer.convert_tokens_to_ids("zebra")
+    labelled = 0
+    for seed in range(20):
+        natural = natural_row(articles, row.article, row.evidence, others, 250, np.random.default_rng(seed))
+        assert len(natural.document_ids) <= 250
+        assert zebra in natural.document_ids
+        labelled += bool(natural.window_labels.any())
+    assert labelled >= 18  # evidence of a few words at the very beginning may lie before the first window
+
+
+def test_an_opening_row_labels_sentences_and_no_window(articles, row, tokenizer):
+    start, stop = articles.bounds(row.article)
+    whole = int(articles.first_token[stop] - articles.first_token[start])
+    opening = opening_row(articles, row.article, row.evidence, whole)
+    assert len(opening.document_ids) == whole
+    assert opening.sentence_labels.any() and not opening.window_labels.any()
+    assert len(opening_row(articles, row.article, row.evidence, 40).document_ids) <= 40
 
 
 def test_a_packed_row_is_a_function_of_its_seed(articles, row, question):

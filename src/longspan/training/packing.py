@@ -67,12 +67,8 @@ def pack_row(
     evidence = np.asarray(evidence) + offset
     start, end = rng.choice(evidence)
     end = min(end, start + LONGEST_EVIDENCE)
-    if rng.random() < 0.2:  # a stretch of the article as it is
-        before = int(rng.integers(0, 600))
-        spans = [(max(offset, start - before), min(stop, end + int(rng.integers(0, 600))))]
-    else:
-        spans = [(max(offset, start - int(rng.integers(0, 90))), min(stop, end + int(rng.integers(0, 90))))]
-        spans += _own_negatives(articles, (offset, stop), evidence, spans[0], question_ids, rng)
+    spans = [(max(offset, start - int(rng.integers(0, 90))), min(stop, end + int(rng.integers(0, 90))))]
+    spans += _own_negatives(articles, (offset, stop), evidence, spans[0], question_ids, rng)
     spans = _fit(articles, spans, (start, end), room)
     room -= sum(_tokens(articles, span) for span in spans)
     if room > 60:
@@ -85,6 +81,43 @@ def pack_row(
         place = int(rng.integers(0, len(foreign) + 1))
         spans = foreign[:place] + own + foreign[place:]
     return join(articles, spans, evidence, phase=int(rng.integers(0, STRIDE)))
+
+
+def natural_row(
+    articles: Articles, article: int, evidence: Array, others: Array, room: int, rng: np.random.Generator
+) -> PackedRow:
+    """A row of at most `room` tokens as documents are: the article, whole or a long stretch, often behind others.
+
+    evidence, others: as `pack_row` takes them.
+    """
+    offset, stop = articles.bounds(article)
+    first = articles.first_token
+    evidence = np.asarray(evidence) + offset
+    start, end = rng.choice(evidence)
+    end = min(end, start + LONGEST_EVIDENCE)
+    begin = offset
+    if first[end] - first[offset] > room - 50 or rng.random() < 0.3:
+        earliest = max(offset, int(np.searchsorted(first, first[end] - room + 50)))
+        begin = int(rng.integers(min(earliest, start), start + 1))
+    left = room - int(first[end] - first[begin])
+    before = _stretches(articles, others, int(rng.integers(0, left)), rng) if left > 100 and rng.random() < 0.7 else []
+    left = room - sum(_tokens(articles, span) for span in before)
+    last = min(stop, _end_within(articles, begin, left))
+    if last > end and rng.random() < 0.35:
+        last = int(rng.integers(end, last + 1))
+    (own,) = _fit(articles, [(begin, max(last, begin + 1))], (start, end), left)
+    after = _stretches(articles, others, left - _tokens(articles, own), rng)
+    return join(articles, [*before, own, *after], evidence, phase=int(rng.integers(0, STRIDE)))
+
+
+def opening_row(articles: Articles, article: int, evidence: Array, room: int) -> PackedRow:
+    """The beginning of an article, as much as fits, with its sentences labelled but no window.
+
+    Of short articles, where most windows would hold the evidence. What evidence lies beyond is not labelled.
+    """
+    offset, stop = articles.bounds(article)
+    row = join(articles, [(offset, min(stop, _end_within(articles, offset, room)))], np.asarray(evidence) + offset)
+    return row._replace(window_labels=np.zeros_like(row.window_labels))
 
 
 def join(articles: Articles, spans: list[Span], evidence: Array, *, phase: int = 0) -> PackedRow:
@@ -162,6 +195,25 @@ def _tokens(articles: Articles, span: Span) -> int:
     return int(articles.first_token[span[1]] - articles.first_token[span[0]])
 
 
+def _end_within(articles: Articles, start: int, room: int) -> int:
+    """The word after the last that ends within `room` tokens of the beginning of `start`."""
+    return int(np.searchsorted(articles.first_token, articles.first_token[start] + room, "right")) - 1
+
+
+def _stretches(articles: Articles, others: Array, room: int, rng: np.random.Generator) -> list[Span]:
+    """Stretches of 200 to 2,500 tokens of other articles, half of them from the opening, until `room` is full."""
+    spans: list[Span] = []
+    while room > 60:
+        start, stop = articles.bounds(int(rng.choice(others)))
+        if rng.random() < 0.5:
+            start += int(rng.integers(0, max(1, stop - start - 60)))
+        end = min(stop, _end_within(articles, start, min(room, int(rng.integers(200, 2500)))))
+        if end - start >= 20:
+            spans.append((start, end))
+            room -= _tokens(articles, spans[-1])
+    return spans
+
+
 def _fit(articles: Articles, spans: list[Span], evidence: Span, room: int) -> list[Span]:
     """As many of the spans as fit, in their order; the first is cut around the evidence when it alone is too long."""
     start, end = spans[0]
@@ -214,8 +266,7 @@ def _foreign_negatives(articles, others: Array, question_ids: Array, room: int, 
     chosen: list[Span] = []
     for number in order:
         start, end = pool[number]
-        last = int(np.searchsorted(articles.first_token, articles.first_token[start] + room, "right")) - 1
-        end = min(end, last)
+        end = min(end, _end_within(articles, start, room))
         if end - start < 15:
             continue
         chosen.append((start, end))
