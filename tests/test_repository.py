@@ -21,9 +21,11 @@ MAY_IMPORT = {
     "models": {"attention", "kernels"},
     "inference": {"models", "attention", "kernels"},
     "training": {"inference", "models", "attention", "kernels"},
-    "tasks": {"training", "inference", "models", "attention", "kernels"},
+    "compression": {"training", "inference", "models", "attention", "kernels"},
+    "tasks": {"compression", "training", "inference", "models", "attention", "kernels"},
+    "recipes": {"tasks", "compression", "training", "inference", "models", "attention", "kernels"},
     "bench": {"inference", "models", "attention", "kernels"},
-    "cli": {"bench", "tasks", "training", "inference", "models", "attention", "kernels"},
+    "cli": {"bench", "recipes", "tasks", "compression", "training", "inference", "models", "attention", "kernels"},
 }
 ANYONE_MAY_IMPORT = {"errors", "__version__"}
 

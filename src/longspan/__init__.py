@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longspan.models.heads import LongspanForMultipleChoice as LongspanForMultipleChoice
     from longspan.models.heads import LongspanForQuestionAnswering as LongspanForQuestionAnswering
     from longspan.models.heads import LongspanForSequenceClassification as LongspanForSequenceClassification
+    from longspan.models.heads import LongspanForSpanClassification as LongspanForSpanClassification
     from longspan.models.heads import LongspanForTokenClassification as LongspanForTokenClassification
     from longspan.models.model import LongspanModel as LongspanModel
     from longspan.models.plug_in import accelerate as accelerate
@@ -36,6 +37,7 @@ _HOME = {
     "LongspanForMultipleChoice": "longspan.models.heads",
     "LongspanForQuestionAnswering": "longspan.models.heads",
     "LongspanForSequenceClassification": "longspan.models.heads",
+    "LongspanForSpanClassification": "longspan.models.heads",
     "LongspanForTokenClassification": "longspan.models.heads",
     "LongspanModel": "longspan.models.model",
     "Passage": "longspan.inference.reader",

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longspan import __version__
-from longspan.cli import answer, bench, convert, evaluate, quantize, train
+from longspan.cli import answer, bench, convert, distill, evaluate, export, prune, quantize, recipe, train
 
 
 class _Commands(TyperGroup):
@@ -55,9 +55,13 @@ def _options(
 
 app.command("answer")(answer.answer)
 app.command("convert")(convert.convert)
+app.command("distill")(distill.distill)
+app.command("prune")(prune.prune)
 app.command("quantize")(quantize.quantize)
+app.command("export")(export.export)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(recipe.app, name="recipe")
 app.add_typer(train.app, name="train")
 
 

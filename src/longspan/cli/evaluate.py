@@ -59,20 +59,116 @@ def reader(
     if as_json:
         typer.echo(json.dumps(table, indent=2))
     else:
-        _print_table(table)
+        _print_table(table | {"title": f"{table['questions']} questions, {table['condition']}"})
+
+
+@app.command()
+def task(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or hub name of a classifier.")],
+    name: Annotated[
+        str | None, typer.Option("--task", help="A task of SuperGLUE (boolq, cb, copa, ...), imdb or 20newsgroups.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with SuperGLUE's folders, for its tasks.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Or a file with labelled rows: .csv, .tsv, .tab or .jsonl.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the text in --file.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    text_pair_column: Annotated[str | None, typer.Option(help="Column of a second text, for pairs.")] = None,
+    split: Annotated[str, typer.Option(help="Part of the task: train, dev or test.")] = "dev",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:PRECISION]",
+            help="huggingface, longspan[:fp32|bf16|int8] or onnx[:fp32|int8]; repeat it to compare. Default: longspan.",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Documents that are computed at a time.")] = 1,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=3, help="Longer rows are cut. Default: what the model reads.")
+    ] = None,
+    fixed_length: Annotated[
+        int | None, typer.Option(min=3, help="Pad every row to so many tokens. Default: to its batch's longest.")
+    ] = None,
+    instances: Annotated[int, typer.Option(min=1, help="Copies of the model that work at the same time.")] = 1,
+    threads_per_instance: Annotated[int, typer.Option(min=1, help="Threads of each.")] = 1,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of the machine, for the cost of a million documents.")
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="What `longspan export` wrote of MODEL. Default: exported for the occasion.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="That of the training run, where it drew the task's splits.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples in a seeded sample. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Measure a classifier on a task: its metrics, latency, throughput and cost, on one engine or several."""
+    if (name is None) == (file is None):
+        raise ValueError("name either a --task or a --file of labelled rows.")
+    from longspan.tasks.fine_tune import named_task
+    from longspan.tasks.measure import evaluate_task, task_of_file
+    from longspan.tasks.text_files import Columns
+
+    quiet_transformers()
+    if name is not None:
+        chosen = named_task(name, data=data, seed=seed)
+    else:
+        assert file is not None
+        chosen = task_of_file(file, model, Columns(text=text_column, label=label_column, text_pair=text_pair_column))
+    found = evaluate_task(
+        model,
+        chosen,
+        split,
+        engines=engine or ["longspan"],
+        batch=batch,
+        max_tokens=max_tokens,
+        fixed_length=fixed_length,
+        instances=instances,
+        threads_per_instance=threads_per_instance,
+        price_per_hour=price_per_hour,
+        onnx_file=onnx,
+        limit=limit,
+    )
+    if as_json:
+        rows = [measured.to_dict() for measured in found]
+        typer.echo(json.dumps({"model": model, "task": chosen.name, "split": split, "rows": rows}, indent=2))
+        return
+    first = found[0]
+    title = (
+        f"{chosen.name} {split}: {first.documents:,} documents, {first.tokens:,} tokens; batch {batch}, "
+        f"{'dynamic length' if fixed_length is None else f'length {fixed_length}'}, "
+        f"{instances} x {threads_per_instance} threads"
+    )
+    _print_table({"title": title, "rows": [_shown(row, first) for row in found]})
+
+
+def _shown(row: Any, first: Any) -> dict[str, Any]:
+    """A measurement's columns; the speed-up is over the first engine's."""
+    cost = {} if row.cost_per_million is None else {"cost_per_million": row.cost_per_million}
+    return {
+        "engine": f"{row.engine} {row.precision}",
+        **row.metrics,
+        "p50_ms": row.latency_ms_p50,
+        "p95_ms": row.latency_ms_p95,
+        "docs/s": row.documents_per_second,
+        "tokens/s": round(row.tokens_per_second),
+        **cost,
+        "speed-up": row.documents_per_second / first.documents_per_second,
+    }
 
 
 def _print_table(table: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=f"{table['questions']} questions, {table['condition']}")
+    shown = Table(title=table["title"])
     names = list(table["rows"][0])
     for name in names:
-        shown.add_column(name.replace("_", " "), justify="left" if name == "system" else "right")
+        shown.add_column(name.replace("_", " "), justify="left" if name in ("system", "engine") else "right")
     for row in table["rows"]:
         shown.add_row(*(_cell(row[name]) for name in names))
-    Console().print(shown)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # nobody's window sets a limit
+    console.print(shown)
 
 
 def _cell(value: Any) -> str:

@@ -12,6 +12,7 @@ from longspan.models.heads import (
     LongspanForMultipleChoice,
     LongspanForQuestionAnswering,
     LongspanForSequenceClassification,
+    LongspanForSpanClassification,
     LongspanForTokenClassification,
 )
 from longspan.models.model import AUTO_CLASSES, LongspanModel
@@ -22,6 +23,7 @@ __all__ = [
     "LongspanForMultipleChoice",
     "LongspanForQuestionAnswering",
     "LongspanForSequenceClassification",
+    "LongspanForSpanClassification",
     "LongspanForTokenClassification",
     "LongspanModel",
 ]

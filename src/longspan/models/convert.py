@@ -304,6 +304,20 @@ def load_tokenizer(source: str | Path) -> Any:
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def as_ours(model: PreTrainedModel) -> Any:
+    """The model itself if it is ours, else a copy of it as ours, with the same head.
+
+    Raises NotImplementedError for other families and heads.
+    """
+    if isinstance(model, LongspanPreTrainedModel):
+        return model
+    kind, config, weights = _as_ours(model)
+    ours: Any = kind(config)
+    ours.to(device=model.device, dtype=model.dtype)
+    ours.load_state_dict(weights)
+    return ours.train(model.training)
+
+
 def _as_ours(model: PreTrainedModel) -> tuple[type[LongspanPreTrainedModel], LongspanConfig, dict[str, Tensor]]:
     """Our class for this model, its configuration and its weights, under our names; the model is left alone."""
     if isinstance(model, LongspanPreTrainedModel):

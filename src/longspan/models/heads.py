@@ -1,8 +1,8 @@
-"""The heads: masked language model, sequence and token classification, question answering, multiple choice.
+"""The heads: masked language model, classification of sequences, tokens and spans, question answering, multiple choice.
 
 A head is described by its `HeadConfig`, so that one class serves every family.
 
-Shapes: B batch, N tokens, C model width, L labels, K choices.
+Shapes: B batch, N tokens, C model width, L labels, K choices, S spans.
 """
 
 from __future__ import annotations
@@ -239,6 +239,85 @@ class LongspanForMultipleChoice(_TaskModel):
         logits = logits.view(-1, choices)
         loss = None if labels is None else self.loss(logits, labels, num_items_in_batch)
         return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=states)
+
+
+class LongspanForSpanClassification(LongspanPreTrainedModel):
+    """Logits [B, L] for rows and spans in them: does a word mean the same twice (WiC), are two the same thing (WSC)?
+
+    Reads the first token and the mean of each span. config.num_spans: S, 2 where it is not given.
+    `from_pretrained` also takes the checkpoints that `LongspanModel` takes and draws the head anew.
+    """
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config)
+        config.num_spans = getattr(config, "num_spans", 2)
+        self.num_labels = config.num_labels
+        self.longspan = LongspanModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(config.encoder_config.dropout)
+        self.classifier = nn.Linear((1 + config.num_spans) * config.hidden_size, config.num_labels or 0)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        span_ranges: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> Any:
+        """span_ranges: Long[B, S, 2], places in the padded row, end exclusive. labels: Long[B]; -100 = none.
+
+        A model with global projections makes the first token and the spans global unless the caller chooses.
+        Raises ValueError for ranges of another shape and for spans without a token.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        spans = self._span_mask(span_ranges, given.shape[1])  # [B, S, N]
+        if attention_mask is not None:
+            spans = spans & attention_mask.bool()[:, None]
+        if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()) and not bool(spans.any(-1).all()):
+            raise ValueError("a span in span_ranges holds no token: start < end, and it must not lie in padding")
+        if global_attention_mask is None and self._has_global_projections:
+            first = torch.arange(given.shape[1], device=given.device) == 0
+            global_attention_mask = spans.any(1) | first
+        outputs = self.longspan(
+            input_ids,
+            attention_mask,
+            global_attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states,
+            output_attentions,
+            return_dict=True,
+        )
+        x = outputs.last_hidden_state  # [B, N, C]
+        shares = spans.to(x.dtype) / spans.sum(-1, keepdim=True)
+        means = (shares @ x).flatten(1)  # [B, S * C]
+        token_mask = None if attention_mask is None else attention_mask.bool()
+        logits = self.classifier(self.dropout(torch.cat((first_tokens(x, token_mask), means), -1)))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels.to(logits.device))
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    @property
+    def _has_global_projections(self) -> bool:
+        return any(block.global_projections for block in self.config.encoder_config.blocks)
+
+    def _span_mask(self, span_ranges: Tensor | None, tokens: int) -> Tensor:
+        """Bool[B, S, N]"""
+        count = self.config.num_spans
+        if span_ranges is None or span_ranges.dim() != 3 or span_ranges.shape[1:] != (count, 2):
+            got = "none" if span_ranges is None else tuple(span_ranges.shape)
+            raise ValueError(f"span_ranges must have the shape [B, {count}, 2], start and end of each span; got {got}")
+        place = torch.arange(tokens, device=span_ranges.device)
+        return (place >= span_ranges[..., :1]) & (place < span_ranges[..., 1:])
 
 
 def _mean_of_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:

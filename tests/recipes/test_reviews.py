@@ -1,0 +1,82 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.training.classification_run import task as colors
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
+from transformers.utils import logging
+
+from longspan.recipes import reviews as recipe
+from longspan.recipes.reviews import Reviews, Student, reviews
+from longspan.tasks.task import Task
+
+pytest.importorskip("onnxruntime")
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32, "max_position_embeddings": 66}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture
+def config(tokenizer, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **SIZES}
+    MPNetModel(MPNetConfig(num_hidden_layers=2, **sizes)).save_pretrained(tmp_path / "large")
+    BertModel(BertConfig(num_hidden_layers=2, **sizes)).save_pretrained(tmp_path / "small")
+    for name in ("large", "small"):
+        tokenizer.save_pretrained(tmp_path / name)
+    splits = colors(80).splits
+    task = Task(name="colors", labels=("red", "blue"), splits={**splits, "test": splits["dev"]})
+    monkeypatch.setattr(recipe, "imdb", lambda seed: task)
+    return Reviews.quick(
+        str(tmp_path / "run"),
+        teacher=str(tmp_path / "large"),
+        student=str(tmp_path / "small"),
+        teacher_tokens=32,
+        max_tokens=32,
+        train_rows=48,
+        students=(Student(name="1 layer", layers=1), Student(name="1 layer, cut", layers=1, pruned=(2, 16))),
+        instances=1,
+    )
+
+
+def test_a_recipe_makes_every_row_and_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
+    done = []
+    rows = reviews(config, tell=done.append)
+    assert [(row.name, row.engine) for row in rows] == [
+        ("teacher, padded to the longest", "huggingface fp32"),
+        ("teacher, own length", "huggingface fp32"),
+        ("1 layer", "longspan fp32"),
+        ("1 layer", "longspan int8"),
+        ("1 layer, 1 instances", "longspan int8"),
+        ("1 layer, 1 instances", "onnx int8"),
+        ("1 layer, cut, 1 instances", "longspan int8"),
+        ("1 layer, cut, 1 instances", "onnx int8"),
+    ]
+    assert rows[0].speedup == rows[0].of_teacher == 1
+    for row in rows:
+        assert row.speedup == pytest.approx(rows[0].ms_per_review / row.ms_per_review)
+        assert row.of_teacher == pytest.approx(row.accuracy / rows[0].accuracy)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["ms_per_review"] for row in report["rows"]] == [row.ms_per_review for row in rows]
+    cut = json.loads((tmp_path / "run" / "1-layer-cut" / "model" / "config.json").read_text())
+    assert cut["encoder"]["blocks"][0]["heads"] == 2 and cut["encoder"]["blocks"][0]["ffn_width"] == 16
+
+    def never(*_, **__):
+        raise AssertionError("a finished step was done again")
+
+    monkeypatch.setattr(recipe, "distill", never)
+    again = reviews(config)
+    assert [(row.name, row.accuracy) for row in again] == [(row.name, row.accuracy) for row in rows]
+
+
+def test_a_pruned_student_needs_a_whole_one_to_be_cut_from(config):
+    with pytest.raises(ValueError, match="'2 layers, cut' is cut from a student of 2 layers, and there is none"):
+        replace(config, students=(Student(name="2 layers, cut", layers=2, pruned=(2, 16)),))
