@@ -12,11 +12,11 @@ from longspan.training.evidence_rows import load_rows
 from longspan.training.reader import (
     ReaderTraining,
     TrainingRows,
-    newest_checkpoint,
     split_rows,
     train_reader,
     untrained_reader,
 )
+from longspan.training.runs import newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_with_the_same_rows(config, finished, tmp_path):
     shutil.copytree(output / "checkpoint-4", tmp_path / "checkpoint-4")
     shutil.copytree(output / "checkpoint-4", tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     again = train_reader(replace(config, output=str(tmp_path)))
     assert log_of(tmp_path) == log_of(output)
     first, second = (LongspanForEvidence.from_pretrained(path).state_dict() for path in (finished, again))

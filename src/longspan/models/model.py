@@ -192,7 +192,7 @@ def first_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:
     """The vector of each row's first token, [B, C], also where padding stands before it."""
     if token_mask is None:
         return x[:, 0]
-    return x[torch.arange(len(x), device=x.device), token_mask.int().argmax(1)]
+    return x[torch.arange(x.shape[0], device=x.device), token_mask.int().argmax(1)]
 
 
 def _is_packed(name: Any, config: PreTrainedConfig | None, kwargs: dict[str, Any]) -> bool:

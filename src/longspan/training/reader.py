@@ -39,6 +39,7 @@ from longspan.training.reading import (
     summarize,
     tokenize_question,
 )
+from longspan.training.runs import newest_checkpoint
 
 # Share of the rows from each source at the first and at the last step. There are few questions of the kind that the
 # reader is for, so the plentiful others teach first.
@@ -275,7 +276,8 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
         data_collator=collate,
         optimizers=(optimizer, None),
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(output))
+    newest = newest_checkpoint(output)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.lerp_(untrained[name], 1 - config.trained_share)
@@ -346,12 +348,6 @@ def untrained_reader(base: str) -> LongspanForEvidence:
     model = LongspanForEvidence(long.config)
     model.longspan.load_state_dict(long.state_dict())
     return model
-
-
-def newest_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes trainer_state.json last, a killed run leaves a torso."""
-    done = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(done, key=lambda path: int(path.name.split("-")[1]))) if done else None
 
 
 def _is_clean(row: EvidenceRow, articles: Articles) -> bool:
