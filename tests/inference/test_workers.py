@@ -202,10 +202,11 @@ def test_what_loading_the_model_raises_is_raised_here(model, tmp_path):
 
 
 SCRIPT = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 from longspan.inference import WorkerPool
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
     with WorkerPool(sys.argv[1], instances=1, precision="bf16") as pool:
         for _ in range(2):
             (output,) = pool.map_rows([[5, 6, 7]])

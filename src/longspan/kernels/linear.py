@@ -113,6 +113,21 @@ def linear(
         _check_vector("bias", bias, packed.out_features)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (values, bias, residual, out)):
         raise ValueError("linear gives no gradients; call it under torch.inference_mode() or torch.no_grad()")
+    return linear_unchecked(x, packed, bias, activation, out, residual)
+
+
+def linear_unchecked(
+    x: Tensor | Bytes,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    out: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`linear` for a caller whose operands fit by construction: the checks take as long as a few rows."""
+    library = _library()
+    assert library is not None
+    values, row_scale = (x.values, x.scale) if isinstance(x, Bytes) else (x, None)
     call = _Call(
         dtype=INT8 if row_scale is not None else kernels.DTYPES[values.dtype],
         out_dtype=kernels.DTYPES[out.dtype],

@@ -94,7 +94,9 @@ class TileLinear:
         self.activation = activation if self.activates else None
 
     def __call__(self, x: Tensor | Bytes, out: Tensor | None = None) -> Product:
-        return Product(tiles.linear(x, self.packed, self.bias, activation=self.activation, out=out))
+        if out is None:
+            return Product(tiles.linear(x, self.packed, self.bias, activation=self.activation))
+        return Product(tiles.linear_unchecked(x, self.packed, self.bias, self.activation, out))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TileLinear:
         return self
