@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -23,6 +24,7 @@ def checkpoint(tmp_path_factory, tokenizer):
     names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     size = {"vocab_size": len(tokenizer), "n_layers": 1}
     tiny_model("distilbert", "sequence_classification", **size, **names).save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)  # other tests share it
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
     return folder
