@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,8 @@ def test_threads_of_torch_are_the_threads_of_the_kernels():
         for number in (1, 2, 3):
             torch.set_num_threads(number)
             assert kernels.library().longspan_num_threads() == number
+            with ThreadPoolExecutor(1) as other:  # where torch says the number only when it is asked
+                assert other.submit(lambda: kernels.library().longspan_num_threads()).result() == number
     finally:
         torch.set_num_threads(before)
 

@@ -53,6 +53,7 @@ def library() -> ctypes.CDLL | None:
     found = _find()
     if found.problem is not None:
         _warn_once(found.problem)
+    torch.get_num_threads()  # in a new thread, torch tells OpenMP the number only when somebody asks
     return found.library
 
 
