@@ -63,7 +63,7 @@ def test_a_file_of_pairs_trains_a_model(base, rows, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "name either a --task or a file to --train on"),
+        ((), "name either a --task or a file with labeled rows, --train"),
         (("--task", "rte", "--train", "a.csv"), "name either a --task or"),
         (("--task", "imdb", "--dev", "a.csv"), "--dev and --test go with --train"),
         (("--task", "rte"), "rte needs the folder where SuperGLUE was unpacked"),

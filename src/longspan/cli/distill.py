@@ -76,8 +76,6 @@ def distill(
     seed: Annotated[int, typer.Option(help="Decides splits, order and every random choice.")] = 0,
 ) -> None:
     """Train a small classifier to answer as TEACHER does, and keep the weights that are best on the dev split."""
-    if (name is None) == (train is None):
-        raise ValueError("name either a --task or a file with labeled rows, --train.")
     if threads is not None:
         import torch
 
@@ -85,8 +83,8 @@ def distill(
     from longspan.compression.distill import Distillation
     from longspan.compression.distillation_loss import DistillationLoss
     from longspan.tasks.compress import distill_on_task
-    from longspan.tasks.fine_tune import named_task
-    from longspan.tasks.text_files import Columns, text_task
+    from longspan.tasks.fine_tune import chosen_task
+    from longspan.tasks.text_files import Columns
 
     loss = DistillationLoss.fastformers(hidden_distance=hidden_distance.value)
     if not fastformers:
@@ -115,12 +113,8 @@ def distill(
         seed=seed,
     )
     quiet_transformers()
-    if train is None:
-        assert name is not None
-        chosen = named_task(name, data=data, seed=seed)
-    else:
-        columns = Columns(text=text_column, label=label_column, text_pair=text_pair_column)
-        chosen = text_task(train, dev=dev, columns=columns, seed=seed)
+    columns = Columns(text=text_column, label=label_column, text_pair=text_pair_column)
+    chosen = chosen_task(name, data=data, train=train, dev=dev, columns=columns, seed=seed)
     done = distill_on_task(
         teacher, chosen, out, settings, student=student, layers=layers, max_tokens=max_tokens, cache=cache
     )

@@ -52,21 +52,15 @@ def prune(
     """Cut attention heads and feed-forward units out of a classifier."""
     from longspan.compression.prune import Pruning
     from longspan.tasks.compress import prune_on_task
-    from longspan.tasks.fine_tune import named_task
-    from longspan.tasks.text_files import Columns, text_task
+    from longspan.tasks.fine_tune import chosen_task
+    from longspan.tasks.text_files import Columns
 
     pruning = Pruning(
         heads=heads, ffn=ffn, layers=layers.value, speedup=speedup, normalize=normalize, activation=activation
     )
-    if (name is None) == (train is None):
-        raise ValueError("name either a --task or a file with labeled rows, --train.")
     quiet_transformers()
-    if train is None:
-        assert name is not None
-        chosen = named_task(name, data=data, seed=seed)
-    else:
-        columns = Columns(text=text_column, label=label_column, text_pair=text_pair_column)
-        chosen = text_task(train, dev=dev, columns=columns, seed=seed)
+    columns = Columns(text=text_column, label=label_column, text_pair=text_pair_column)
+    chosen = chosen_task(name, data=data, train=train, dev=dev, columns=columns, seed=seed)
     done = prune_on_task(
         model,
         chosen,

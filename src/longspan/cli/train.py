@@ -93,24 +93,16 @@ def task(
     seed: Annotated[int, typer.Option(help="Decides splits, order and every random choice.")] = 0,
 ) -> None:
     """Fine-tune a model on a task, and keep the weights that are best on its dev split."""
-    if (name is None) == (train is None):
-        raise ValueError("name either a --task or a file to --train on.")
-    if train is None and (dev or test):
-        raise ValueError("--dev and --test go with --train; a --task brings its own.")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    from longspan.tasks.fine_tune import fine_tune, named_task
-    from longspan.tasks.text_files import Columns, text_task
+    from longspan.tasks.fine_tune import chosen_task, fine_tune
+    from longspan.tasks.text_files import Columns
 
     quiet_transformers()
-    if name is not None:
-        chosen = named_task(name, data=data, seed=seed)
-    else:
-        assert train is not None
-        columns = Columns(text=text_column, label=label_column, text_pair=text_pair_column)
-        chosen = text_task(train, dev=dev, test=test, columns=columns, seed=seed)
+    columns = Columns(text=text_column, label=label_column, text_pair=text_pair_column)
+    chosen = chosen_task(name, data=data, train=train, dev=dev, test=test, columns=columns, seed=seed)
     done = fine_tune(
         model,
         chosen,

@@ -12,6 +12,7 @@ from longspan.models.classifiers import load_classifier
 from longspan.tasks.packaged import PACKAGED
 from longspan.tasks.superglue import FORMATS, superglue_task, write_predictions
 from longspan.tasks.task import Task, tokenize
+from longspan.tasks.text_files import Columns, text_task
 from longspan.training.classification import (
     ClassifierTraining,
     computes_in_bf16,
@@ -50,6 +51,30 @@ def named_task(name: str, *, data: str | Path | None = None, seed: int = 0) -> T
     if data is None:
         raise ValueError(f"{name} needs the folder where SuperGLUE was unpacked")
     return superglue_task(name, data)
+
+
+def chosen_task(
+    name: str | None,
+    *,
+    data: str | Path | None = None,
+    train: Path | None = None,
+    dev: Path | None = None,
+    test: Path | None = None,
+    columns: Columns | None = None,
+    seed: int = 0,
+) -> Task:
+    """The task of a name (`named_task`) or of files (`text_task`).
+
+    Raises ValueError for both or neither, and for files beside a name.
+    """
+    if (name is None) == (train is None):
+        raise ValueError("name either a --task or a file with labeled rows, --train.")
+    if train is not None:
+        return text_task(train, dev=dev, test=test, columns=columns, seed=seed)
+    if dev or test:
+        raise ValueError("--dev and --test go with --train; a --task brings its own.")
+    assert name is not None
+    return named_task(name, data=data, seed=seed)
 
 
 def fine_tune(
