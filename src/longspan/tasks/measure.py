@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from longspan.inference.engines import Batch, Engine, open_engine, parse_engine
 from longspan.models.checkpoints import translate_config
+from longspan.models.classifiers import BEYOND
 from longspan.models.config import LongspanConfig
 from longspan.tasks.task import Task, label_columns, split_off, tokenize
 from longspan.tasks.text_files import Columns, text_task
 
-BEYOND = 10**9  # transformers writes a number of this order where a tokenizer has no limit
 WARM_UP = 3  # batches of each instance before the clock starts
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "span_ranges")
 
