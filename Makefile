@@ -15,8 +15,8 @@ help: ## Show these commands
 run: $(VENV)/.ready-to-run ## Answer a question of the Python language reference: make run QUESTION="..."
 	$(BIN)/longspan answer "$$QUESTION"
 
-test: $(VENV)/.ready-to-test ## Run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.ready-to-test ## Run the tests, in as many processes as there are cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.ready-to-test ## Check format, lint, types and spelling
 	$(BIN)/ruff format --check

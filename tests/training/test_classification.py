@@ -71,7 +71,8 @@ def in_another_process(*arguments, processes=1):
     start = [sys.executable, "-W", "ignore", "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    threads = 1 if processes > 1 else torch.get_num_threads()  # sums of gradients depend on it
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     command = [*start, "tests.training.classification_run", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
