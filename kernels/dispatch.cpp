@@ -165,8 +165,9 @@ bool are_lanes(const longspan_attention& call, const longspan_lane* lanes, int64
 
 }  // namespace
 
-void* thread_workspace(int64_t bytes) {
-  static thread_local Workspace workspace;
+void* thread_workspace(int64_t bytes, Purpose purpose) {
+  static thread_local Workspace workspaces[2];
+  Workspace& workspace = workspaces[purpose];
   if (bytes > workspace.bytes) {
     const int64_t page = bytes < HUGE_PAGE ? SMALL_PAGE : HUGE_PAGE;
     free(workspace.memory);
@@ -225,5 +226,5 @@ void longspan_prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-int64_t longspan_interface_version(void) { return 2; }
+int64_t longspan_interface_version(void) { return 3; }
 }

@@ -29,13 +29,15 @@ struct LinearKernels {
   void (*pack)(int32_t dtype, const void* weight, int64_t stride, int64_t in_features, int64_t out_features,
                int32_t terms, void* packed);
   int (*forward)(const longspan_linear& call);
+  int (*layer_forward)(const longspan_layer& layer, const longspan_layer_rows& call);
 };
 
 // Of the chosen instruction set.
 const RowKernels& row_kernels();
 
-// At least `bytes` of memory that belong to the calling thread until its next call; null where there is none.
-// Kept between calls: fresh memory costs more than small attentions do.
-void* thread_workspace(int64_t bytes);
+// At least `bytes` of memory that belong to the calling thread until its next call for the same purpose; null where
+// there is none. Kept between calls: fresh memory costs more than small attentions do.
+enum Purpose { IN_A_KERNEL, BETWEEN_KERNELS };
+void* thread_workspace(int64_t bytes, Purpose purpose = IN_A_KERNEL);
 
 }  // namespace longspan

@@ -2,7 +2,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #if defined(__AMX_BF16__)
-#include "linear.h"
+#include "layer.h"
 #endif
 #include "rows.h"
 
@@ -21,7 +21,7 @@ static int backward(const longspan_attention& call, const longspan_lane* lanes, 
 extern const AttentionKernels attention = {forward, backward};
 extern const RowKernels rows = {copy_rows, activate_rows, normalize_rows, rotate_rows};
 #if defined(__AMX_BF16__)
-extern const LinearKernels linear = {linear_packed_bytes, linear_pack, linear_forward};
+extern const LinearKernels linear = {linear_packed_bytes, linear_pack, linear_forward, layer_forward};
 #endif
 
 }  // namespace longspan::LONGSPAN_SET

@@ -199,7 +199,7 @@ struct Linear {
   static int run(const longspan_linear& call) {
     const Plan plan(call);
     int64_t next_task = 0;
-#pragma omp parallel num_threads(static_cast<int>(smaller(omp_get_max_threads(), plan.num_tasks)))
+#pragma omp parallel num_threads(static_cast<int>(smaller(threads_to_take(), plan.num_tasks)))
     {
       uint8_t* memory = static_cast<uint8_t*>(thread_workspace(plan.workspace_bytes()));
       if (memory) {  // the tasks of a thread without memory are done by the others
@@ -227,7 +227,7 @@ struct Linear {
       const int64_t most_rows = larger(SQUARE, STAGE_BYTES / (stage_steps() * SLICE) * SQUARE);
       block_rows = round_up(divide_up(call.rows, divide_up(call.rows, most_rows)), SQUARE);
       row_blocks = divide_up(call.rows, block_rows);
-      const int64_t wanted = omp_get_max_threads() == 1 ? 1 : 2 * omp_get_max_threads();
+      const int64_t wanted = threads_to_take() == 1 ? 1 : 2 * threads_to_take();
       parts = smaller(divide_up(wanted, row_blocks), divide_up(panels, SHARED_PANELS));
       part_panels = divide_up(panels, parts);
       parts = divide_up(panels, part_panels);

@@ -44,6 +44,33 @@ LONGSPAN_API int longspan_linear_pack(int32_t dtype, const void *weight, int64_t
                                       int64_t out_features, int32_t terms, void *packed);
 LONGSPAN_API int longspan_linear_forward(const longspan_linear *call);
 
+// What follows attention in a layer of a transformer encoder, up to the next attention: output projection, norm,
+// feed-forward, norm, and the projection to the next layer's queries, keys and values. The linear layers come without
+// rows, in, out and their strides, and the norms without matrices; all linear layers have one dtype and no residual.
+typedef struct longspan_layer {
+  longspan_linear out, ffn_in, ffn_out;
+  longspan_linear qkv;  // packed null: this layer is the last
+  longspan_norm attention_norm, ffn_norm;
+  int32_t pre_norm;     // 0: norms are of the stream itself. 1: of what the linear layers read of it, so that
+                        // attention_norm stands before this feed-forward, and ffn_norm before what follows it
+  int32_t activation;   // a longspan_activation
+  int32_t gated;        // 1: as in longspan_rows_activate. 0: ffn_in computes the activation
+} longspan_layer;
+
+// The rows of a call. attended and qkv have the products' dtype, bf16 for int8. The stream has it too or, with pre_norm,
+// is fp32.
+typedef struct longspan_layer_rows {
+  int64_t rows;
+  longspan_matrix attended;
+  longspan_matrix stream;
+  longspan_matrix normed;   // with pre_norm, what qkv reads. data null: not kept
+  longspan_matrix qkv;
+  longspan_rotary rotary;   // of qkv. heads 0: none
+} longspan_layer_rows;
+
+// A block of rows at a time, all the way, so that what lies between two products stays in the caches of one core.
+LONGSPAN_API int longspan_layer_forward(const longspan_layer *layer, const longspan_layer_rows *call);
+
 #ifdef __cplusplus
 }
 #endif

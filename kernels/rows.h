@@ -227,12 +227,15 @@ NO_INLINE void rotate_group(float* x, int64_t half, const float* cos, const floa
   }
 }
 
+// How many threads a kernel may use: one where its caller has shared the rows out already.
+ALWAYS_INLINE int64_t threads_to_take() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
 // Calls work(row, x) for all rows, where x has room for `width` floats and what pads them.
 template <class Work>
 int for_each_row(int64_t rows, int64_t width, Work work) {
   constexpr int64_t NUMBERS_PER_THREAD = 1 << 15;  // fewer are done before another thread has woken up
   if (rows == 0) return LONGSPAN_OK;
-  const int64_t threads = smaller(omp_get_max_threads(), divide_up(rows * width, NUMBERS_PER_THREAD));
+  const int64_t threads = smaller(threads_to_take(), divide_up(rows * width, NUMBERS_PER_THREAD));
   bool missing = false;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {

@@ -266,6 +266,23 @@ def test_any_number_of_rows_is_cut_into_chunks(tokens):
         assert relative_error(pack(encoder, "fp32")(x), encoder(x), ...) < 2e-6
 
 
+@pytest.mark.skipif(not linear.tiles.available(), reason="this CPU or its library has no linear layers in tiles")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("config", [POST, PRE], ids=["post", "pre"])
+@torch.no_grad()
+def test_a_layer_in_one_call_gives_the_bits_of_its_steps(config, precision):
+    config = replace(config, activation="gelu")
+    encoder = drawn(config)
+    whole, in_steps = pack(encoder, precision), pack(encoder, precision)
+    for block in in_steps.blocks:
+        assert block.rest is not None
+        block.rest = None
+    x, mask, marked = rows([37, 1, 20])
+    x = x.float()
+    for one, other in zip(whole.hidden_states(x, mask, marked), in_steps.hidden_states(x, mask, marked), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_output_has_the_dtype_of_the_input(dtype):
     packed, _ = packed_and_exact(POST, "int8")

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, N tokens.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -38,6 +39,7 @@ def work(connection: Any, load: Callable[[], Any], cores: Sequence[int], folder:
     logging.disable_progress_bar()
     models: list[Any] = []
     connection.send_bytes(_outcome(lambda: models.append(load())))
+    gc.freeze()  # the collector need not look through the model again and again
     while models:
         try:
             payload = connection.recv_bytes()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch  # first: the kernels then share the threads of its OpenMP runtime, which torch.set_num_threads governs
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 FILE_NAME = "liblongspan_kernels.so"
 HUGE_PAGE = 1 << 21  # bytes
 

@@ -128,30 +128,19 @@ def linear_unchecked(
     library = _library()
     assert library is not None
     values, row_scale = (x.values, x.scale) if isinstance(x, Bytes) else (x, None)
-    call = _Call(
-        dtype=INT8 if row_scale is not None else kernels.DTYPES[values.dtype],
-        out_dtype=kernels.DTYPES[out.dtype],
-        terms=packed.terms,
-        activation=-1 if activation is None else ACTIVATIONS[activation],
-        rows=len(values),
-        in_features=packed.in_features,
-        out_features=packed.out_features,
-        in_stride=_stride(values),
-        residual_stride=0 if residual is None else _stride(residual),
-        out_stride=_stride(out),
-        input=values.data_ptr(),
-        packed=packed.data.data_ptr(),
-        row_scale=_address(row_scale),
-        weight_scale=_address(packed.scale),
-        bias=_address(bias),
-        residual=_address(residual),
-        out=out.data_ptr(),
-    )
+    call = describe_weights(packed, bias, activation)
+    if row_scale is None:
+        call.dtype = kernels.DTYPES[values.dtype]
+    call.out_dtype = kernels.DTYPES[out.dtype]
+    call.rows, call.in_stride, call.out_stride = len(values), _stride(values), _stride(out)
+    call.input, call.row_scale, call.out = values.data_ptr(), _address(row_scale), out.data_ptr()
+    if residual is not None:
+        call.residual, call.residual_stride = residual.data_ptr(), _stride(residual)
     library.longspan_linear_forward(call)
     return out
 
 
-class _Call(Structure):
+class Call(Structure):
     """longspan_linear. Strides count numbers."""
 
     _fields_ = (
@@ -162,13 +151,29 @@ class _Call(Structure):
     )
 
 
+def describe_weights(packed: PackedWeight, bias: Tensor | None, activation: str | None) -> Call:
+    """A call without rows, for rows and results in the dtype that such weights are made for."""
+    dtype = {BYTES: INT8, 1: kernels.DTYPES[torch.bfloat16]}.get(packed.terms, kernels.DTYPES[torch.float32])
+    return Call(
+        dtype=dtype,
+        out_dtype=kernels.DTYPES[torch.float32 if packed.terms > 1 else torch.bfloat16],
+        terms=packed.terms,
+        activation=-1 if activation is None else ACTIVATIONS[activation],
+        in_features=packed.in_features,
+        out_features=packed.out_features,
+        packed=packed.data.data_ptr(),
+        weight_scale=_address(packed.scale),
+        bias=_address(bias),
+    )
+
+
 @functools.cache
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.longspan_linear_is_available.restype = c_int
     library.longspan_linear_packed_bytes.argtypes = (c_int64, c_int64, c_int32)
     library.longspan_linear_packed_bytes.restype = c_int64
     library.longspan_linear_pack.argtypes = (c_int32, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p)
-    library.longspan_linear_forward.argtypes = (POINTER(_Call),)
+    library.longspan_linear_forward.argtypes = (POINTER(Call),)
     for function in (library.longspan_linear_pack, library.longspan_linear_forward):
         function.restype, function.errcheck = c_int, kernels.check_status  # type: ignore[assignment]
     return library

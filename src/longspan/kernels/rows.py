@@ -91,7 +91,7 @@ def finish(product: Product, out: Tensor, turn: Turn | None = None) -> None:
         if turn is None:
             library.longspan_rows_copy(*shape, call, _result(out, None, shape))
         else:
-            library.longspan_rows_rotate(*shape, call, _rotary(turn, shape), _result(out, None, shape))
+            library.longspan_rows_rotate(*shape, call, rotary_of(turn, shape), _result(out, None, shape))
         return
     wide = product.finished()
     if turn is not None:
@@ -145,7 +145,7 @@ def add_and_norm(
         added = None if product is None else residual
         call, shape = _product(product or Product(residual)), residual.shape
         result = _result(out, quantized, shape)
-        library.longspan_rows_normalize(*shape, call, _norm(norm, added, total, shape), result)
+        library.longspan_rows_normalize(*shape, call, norm_of(norm, added, total, shape), result)
         return
     wide = residual.float() if product is None else product.finished() + residual
     if total is not None:
@@ -158,29 +158,29 @@ def add_and_norm(
         quantize(wide, quantized)
 
 
-class _Matrix(Structure):
+class Matrix(Structure):
     _fields_ = (("data", c_void_p), ("stride", c_int64), ("dtype", c_int32))
 
 
 class _Product(Structure):
-    _fields_ = (("data", _Matrix), ("row_scale", c_void_p), ("bias", c_void_p))
+    _fields_ = (("data", Matrix), ("row_scale", c_void_p), ("bias", c_void_p))
 
 
 class _Result(Structure):
-    _fields_ = (("out", _Matrix), ("quantized", c_void_p), ("quantized_stride", c_int64), ("scale", c_void_p))
+    _fields_ = (("out", Matrix), ("quantized", c_void_p), ("quantized_stride", c_int64), ("scale", c_void_p))
 
 
-class _Norm(Structure):
+class NormCall(Structure):
     _fields_ = (
-        ("residual", _Matrix),
-        ("sum", _Matrix),
+        ("residual", Matrix),
+        ("sum", Matrix),
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("epsilon", c_float),
     )
 
 
-class _Rotary(Structure):
+class RotaryCall(Structure):
     _fields_ = (
         ("heads", c_int64),
         ("head_width", c_int64),
@@ -197,8 +197,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, between in {
         "copy": (),
         "activate": (c_int32, c_int32),
-        "normalize": (POINTER(_Norm),),
-        "rotate": (POINTER(_Rotary),),
+        "normalize": (POINTER(NormCall),),
+        "rotate": (POINTER(RotaryCall),),
     }.items():
         function = getattr(library, f"longspan_rows_{name}")
         function.argtypes = (c_int64, c_int64, product, *between, result)
@@ -211,15 +211,15 @@ def _library() -> ctypes.CDLL | None:
     return None if found is None else _declared(found)
 
 
-def _matrix(x: Tensor | None, shape: torch.Size) -> _Matrix:
+def matrix(x: Tensor | None, shape: torch.Size) -> Matrix:
     """The kernels trust addresses: nothing that does not fit comes through."""
     if x is None:
-        return _Matrix()
+        return Matrix()
     if x.shape != shape or x.dtype not in kernels.DTYPES or x.stride(1) != 1 or x.device.type != "cpu":
         raise ValueError(
             f"rows must be float32 or bfloat16 {list(shape)} on cpu, with adjacent numbers; {_describe(x)}"
         )
-    return _Matrix(x.data_ptr(), x.stride(0), kernels.DTYPES[x.dtype])
+    return Matrix(x.data_ptr(), x.stride(0), kernels.DTYPES[x.dtype])
 
 
 def _vector(x: Tensor | None, length: int) -> int | None:
@@ -238,36 +238,36 @@ def _describe(x: Tensor) -> str:
 
 def _product(product: Product) -> _Product:
     rows, width = product.y.shape
-    return _Product(_matrix(product.y, product.y.shape), _vector(product.scale, rows), _vector(product.bias, width))
+    return _Product(matrix(product.y, product.y.shape), _vector(product.scale, rows), _vector(product.bias, width))
 
 
 def _result(out: Tensor | None, quantized: Bytes | None, shape: torch.Size) -> _Result:
     if quantized is None:
-        return _Result(_matrix(out, shape))
+        return _Result(matrix(out, shape))
     values, scale = quantized
     if values.shape != shape or values.dtype != torch.uint8 or values.stride(1) != 1 or values.device.type != "cpu":
         raise ValueError(f"bytes must be uint8 {list(shape)} on cpu with adjacent numbers; {_describe(values)}")
-    return _Result(_matrix(out, shape), values.data_ptr(), values.stride(0), _vector(scale, shape[0]))
+    return _Result(matrix(out, shape), values.data_ptr(), values.stride(0), _vector(scale, shape[0]))
 
 
-def _norm(norm: Norm, residual: Tensor | None, total: Tensor | None, shape: torch.Size) -> _Norm:
+def norm_of(norm: Norm, residual: Tensor | None, total: Tensor | None, shape: torch.Size) -> NormCall:
     width = shape[1]
-    return _Norm(
-        _matrix(residual, shape),
-        _matrix(total, shape),
+    return NormCall(
+        matrix(residual, shape),
+        matrix(total, shape),
         _vector(norm.weight, width),
         _vector(norm.bias, width),
         norm.eps,
     )
 
 
-def _rotary(turn: Turn, shape: torch.Size) -> _Rotary:
+def rotary_of(turn: Turn, shape: torch.Size) -> RotaryCall:
     width = turn.cos.shape[1]
     table = torch.Size((shape[0], width))
-    cos, sin = (_matrix(part, table) for part in (turn.cos, turn.sin))
+    cos, sin = (matrix(part, table) for part in (turn.cos, turn.sin))
     if turn.heads * width > shape[1] or cos.dtype or sin.dtype or cos.stride != sin.stride:
         raise ValueError(
             f"cos and sin must be float32 {list(table)} alike, for {turn.heads} heads within {shape[1]} columns; "
             f"cos: {_describe(turn.cos)}; sin: {_describe(turn.sin)}"
         )
-    return _Rotary(turn.heads, width, cos.data, sin.data, cos.stride, None)
+    return RotaryCall(turn.heads, width, cos.data, sin.data, cos.stride, None)

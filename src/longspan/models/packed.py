@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from longspan.attention import Full, attend
 from longspan.kernels import rows
-from longspan.kernels.rows import Norm, Product, Turn
+from longspan.kernels.layer import Dense, Layer
+from longspan.kernels.rows import ACTIVATIONS, Norm, Product, Turn
 from longspan.models.checkpoints import mismatch
 from longspan.models.encoder import BlockConfig, Encoder, EncoderConfig, Rotary, activation
 from longspan.models.global_rows import GlobalProjections
-from longspan.models.linear import Linear, Weight, make_linear
+from longspan.models.linear import Linear, TileLinear, Weight, make_linear
 from longspan.models.ragged import Ragged, depends_on_distance_only
 from longspan.models.workspace import Workspace
 
@@ -115,6 +116,9 @@ class PackedEncoder(InferenceEncoder):
             for number, block in enumerate(config.blocks)
         )
         self.final_norm = _Weights(weights, "").norm("final_norm", config) if config.norm == "pre" else None
+        blocks: list[Any] = [*self.blocks, None]
+        for block, following in pairwise(blocks):
+            block.join(following, self.final_norm)
         self.eval()
 
     def forward(
@@ -188,6 +192,27 @@ class PackedBlock(nn.Module):
         self.ffn_out = weights.linear("ffn_out", precision)
         self.ffn_norm = weights.norm("ffn_norm", config)
         self.activation = activation(config.activation)
+        self.rest: Layer | None = None  # of the layer after attention, in one call
+
+    def join(self, following: PackedBlock | None, final_norm: Norm | None) -> None:
+        """Makes one call of what follows attention, where all of it is computed by our own kernels."""
+        first_norm, next_norm = self.attention_norm, self.ffn_norm
+        if self.config.norm == "pre":
+            first_norm, next_norm = self.ffn_norm, final_norm if following is None else following.attention_norm
+        linears = [self.out, self.ffn_in, self.ffn_out, *([] if following is None else [following.qkv])]
+        if (
+            all(isinstance(linear, TileLinear) for linear in linears)
+            and self.config.activation in ACTIVATIONS
+            and first_norm is not None
+            and next_norm is not None
+        ):
+            out, ffn_in, ffn_out, *qkv = (Dense(one.packed, one.bias, one.activation) for one in linears)  # type: ignore
+            self.rest = Layer(
+                *(out, ffn_in, ffn_out, qkv[0] if qkv else None, first_norm, next_norm),
+                pre_norm=self.config.norm == "pre",
+                activation=self.config.activation,
+                gated=self.config.gated,
+            )
 
     def begin(self, work: Workspace, chunk: slice, x: Any) -> None:
         """Queries, keys and values of a chunk of rows."""
@@ -201,6 +226,14 @@ class PackedBlock(nn.Module):
         self.attend(work, backend)
         attended = work.attended(self.block)
         last = following is None
+        if self.rest is not None:
+            turn = rotary = qkv = None
+            if following is not None:
+                qkv, rotary = work.qkv(following.block), work.rotary(following.block)
+            if following is not None and rotary is not None:
+                turn = Turn(rotary.cos[0, 0], rotary.sin[0, 0], 2 * following.block.heads)
+            self.rest(attended, work.stream, normed=work.layer_input if work.pre else None, qkv=qkv, turn=turn)
+            return
         next_norm = final_norm if following is None else following.attention_norm
         for chunk in work.chunks:
             product = self.out(work.readable(attended[chunk]), work.sum_of(chunk))

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import DataCollatorWithPadding
 
 from longspan.compression.distill import Distillation, Rows, distill
@@ -158,6 +159,7 @@ class Steps:
         config = self.config
         self.tell(f"teacher: {config.teacher_rows} reviews of {config.teacher_tokens} tokens")
         loaded = load_classifier(config.teacher, self.task.labels, seed=config.seed)
+        _without_dropout(loaded.model)
         examples = self.task.examples("train")[: config.teacher_rows]
         train = tokenize(examples, loaded.tokenizer, config.teacher_tokens)
         dev = tokenize(self.task.examples("dev"), loaded.tokenizer, config.teacher_tokens)
@@ -202,6 +204,7 @@ class Steps:
             batches = [collate(rows[first : first + 16]) for first in range(0, len(rows), 16)]
             heads, units = student.pruned
             small = prune(loaded.model, batches, Pruning(heads=heads, ffn=units, layers="global"))
+        _without_dropout(small)
         self._distill(small, tokenizer, folder)
         tokenizer.save_pretrained(folder / "model")
         return folder / "model"
@@ -252,3 +255,12 @@ class Steps:
             limit=limit,
         )
         return found
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """A third of a step goes into drawing its random numbers, on a processor, and few passes overfit little."""
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(getattr(part, "dropout", None), float):  # of attention probabilities
+            part.dropout = 0.0
