@@ -45,8 +45,9 @@ class Reviews:
     """Everything that decides the recipe.
 
     output: folder of all steps. teacher, student: directory or hub name of the encoders that they begin as.
-    teacher_rows, teacher_tokens: reviews of the training split that the teacher learns from, and how much of each.
-    train_rows: reviews that the students learn from. max_tokens: how much of a review is read everywhere else.
+    teacher_rows: reviews of the training split that the teacher learns from. teacher_tokens: how much of a review it
+    reads while it learns or teaches. train_rows: reviews that the students learn from. max_tokens: how much of a review
+    is read everywhere else.
     timed_rows: reviews of the test split on which the teacher is timed; it reads all of them in bf16 for its accuracy.
     instances: of a student that run side by side, one thread each, in the last rows of the table.
     """
@@ -214,7 +215,7 @@ class Steps:
         rows = Rows(
             tokenize(examples, tokenizer, self.config.max_tokens),
             DataCollatorWithPadding(tokenizer),
-            tokenize(examples, teacher.tokenizer, self.config.max_tokens),
+            tokenize(examples, teacher.tokenizer, self.config.teacher_tokens),
             DataCollatorWithPadding(teacher.tokenizer),
         )
         settings = Distillation(
@@ -263,4 +264,4 @@ def _without_dropout(model: nn.Module) -> None:
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         elif isinstance(getattr(part, "dropout", None), float):  # of attention probabilities
-            part.dropout = 0.0
+            part.dropout = 0.0  # type: ignore[assignment]

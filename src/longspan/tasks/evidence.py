@@ -67,7 +67,7 @@ def evaluate_reader(
         raise ValueError(f"unknown systems {sorted(unknown)}; expected some of {', '.join(SYSTEMS)}")
     source = str(BUILT_IN if model is None else model)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    articles = load_articles(data, cache or _cache_for(data), tokenizer)
+    articles = load_articles(data, cache or cache_for(data), tokenizer)
     rows = load_rows(data, articles, "boolq_articles", split)
     if limit is not None and limit < len(rows):
         rows = [rows[number] for number in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]
@@ -132,7 +132,7 @@ def _row(name: str, found: Any, late: Any, overlaps: Sequence[float], speed: flo
     }
 
 
-def _cache_for(data: str | Path) -> Path:
+def cache_for(data: str | Path) -> Path:
     """A folder of the user's own for one data folder: what is in `data` may not be ours to write to."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "longspan" / hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:16]
