@@ -26,7 +26,12 @@ def reviews(
         str, typer.Option(help="Directory or hub name of the encoder that the students begin as.")
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     teacher_rows: Annotated[int | None, typer.Option(min=1, help="Reviews that the teacher learns from.")] = None,
-    train_rows: Annotated[int | None, typer.Option(min=1, help="Reviews that the students learn from.")] = None,
+    teacher_tokens: Annotated[
+        int | None, typer.Option(min=3, help="How much of a review it reads while it learns or teaches.")
+    ] = None,
+    train_rows: Annotated[int | None, typer.Option(min=1, help="Reviews whose labels the students learn from.")] = None,
+    taught_rows: Annotated[int | None, typer.Option(min=1, help="Those of them that the teacher explains.")] = None,
+    dev_rows: Annotated[int | None, typer.Option(min=1, help="Reviews that choose the best checkpoints.")] = None,
     test_rows: Annotated[int | None, typer.Option(min=1, help="Reviews of the test split.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=3, help="How much of a review is read.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few hundred reviews: a test of every step.")] = False,
@@ -39,10 +44,16 @@ def reviews(
     from longspan.recipes.reviews import reviews as run
 
     quiet_transformers()
-    given = {"teacher_rows": teacher_rows, "train_rows": train_rows, "test_rows": test_rows, "max_tokens": max_tokens}
+    given = {
+        "teacher_rows": teacher_rows,
+        "teacher_tokens": teacher_tokens,
+        "train_rows": train_rows,
+        "taught_rows": taught_rows,
+        "dev_rows": dev_rows,
+        "test_rows": test_rows,
+        "max_tokens": max_tokens,
+    }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if max_tokens is not None:
-        changes["teacher_tokens"] = max_tokens
     make = Reviews.quick if quick else Reviews
     config = make(output=str(output), teacher=teacher, student=student, **changes)
     rows = run(config, tell=lambda line: typer.echo(line, err=True))

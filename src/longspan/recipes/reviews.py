@@ -1,6 +1,6 @@
 """FastFormers' recipe (arXiv 2010.13382, table 3) on film reviews: a large classifier made cheap, row by row.
 
-The teacher is fine-tuned; small students learn from its logits; heads and feed-forward units are cut and what is left
+The teacher is fine-tuned; small students learn from the labels, then from its logits; heads and feed-forward units are cut and what is left
 learns again; the engine computes in 8 bits. Every step is kept in a folder of its own, and a killed recipe goes on.
 """
 
@@ -46,8 +46,9 @@ class Reviews:
 
     output: folder of all steps. teacher, student: directory or hub name of the encoders that they begin as.
     teacher_rows: reviews of the training split that the teacher learns from. teacher_tokens: how much of a review it
-    reads while it learns or teaches. train_rows: reviews that the students learn from. max_tokens: how much of a review
-    is read everywhere else.
+    reads while it learns or teaches.
+    train_rows: reviews whose labels a student learns from first, in label_epochs passes. taught_rows: those of them that
+    the teacher then explains, in epochs passes. max_tokens: how much of a review is read everywhere else.
     timed_rows: reviews of the test split on which the teacher is timed; it reads all of them in bf16 for its accuracy.
     instances: of a student that run side by side, one thread each, in the last rows of the table.
     """
@@ -59,6 +60,8 @@ class Reviews:
     teacher_tokens: int = 512
     teacher_epochs: float = 1.0
     train_rows: int = 20_000
+    label_epochs: float = 2.0
+    taught_rows: int = 20_000
     dev_rows: int = 2_000
     test_rows: int = 2_900
     timed_rows: int = 100
@@ -84,7 +87,7 @@ class Reviews:
     def quick(cls, output: str, **changes: Any) -> Reviews:
         """Every step on a few hundred reviews, to see that all of them work. The figures mean nothing."""
         rows: dict[str, Any] = {"teacher_rows": 64, "train_rows": 256, "dev_rows": 64, "test_rows": 64, "timed_rows": 8}
-        return cls(output=output, **({"teacher_tokens": 128, "epochs": 1.0} | rows | changes))
+        return cls(output=output, **({"teacher_tokens": 128, "label_epochs": 1.0, "epochs": 1.0} | rows | changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +199,7 @@ class Steps:
         if student.pruned is None:
             loaded = load_classifier(self.config.student, self.task.labels, seed=self.config.seed)
             small, tokenizer = student_of(loaded.model, student.layers), loaded.tokenizer
+            self.learn_labels(small, tokenizer, folder.with_name(f"{folder.name}-labels"))
         else:
             whole = next(one for one in self.config.students if one.layers == student.layers and one.pruned is None)
             loaded = load_classifier(self.student(whole), self.task.labels)
@@ -205,13 +209,29 @@ class Steps:
             batches = [collate(rows[first : first + 16]) for first in range(0, len(rows), 16)]
             heads, units = student.pruned
             small = prune(loaded.model, batches, Pruning(heads=heads, ffn=units, layers="global"))
-        _without_dropout(small)
         self._distill(small, tokenizer, folder)
         tokenizer.save_pretrained(folder / "model")
         return folder / "model"
 
+    def learn_labels(self, small: Any, tokenizer: Any, folder: Path) -> None:
+        """What the reviews alone teach, before the teacher does: they are many, and its time is dear."""
+        _without_dropout(small)
+        train, dev = (
+            tokenize(self.task.examples(split), tokenizer, self.config.max_tokens) for split in ("train", "dev")
+        )
+        settings = ClassifierTraining(
+            output=str(folder),
+            epochs=self.config.label_epochs,
+            batch=32,
+            learning_rate=1e-4,
+            save_steps=100,
+            seed=self.config.seed,
+        )
+        train_classifier(small, tokenizer, train, dev, partial(self.task.metrics, "dev"), settings)
+
     def _distill(self, small: Any, tokenizer: Any, folder: Path) -> None:
-        teacher, examples = self.teacher, self.task.examples("train")
+        _without_dropout(small)
+        teacher, examples = self.teacher, self.task.examples("train")[: self.config.taught_rows]
         rows = Rows(
             tokenize(examples, tokenizer, self.config.max_tokens),
             DataCollatorWithPadding(tokenizer),
