@@ -60,17 +60,45 @@ def newest(topic: str) -> Path | None:
 def render_benchmark(measured: dict[str, Any], link: str) -> str:
     """A table for each set of systems that met: systems downwards, cases across, medians in ms or memory in MiB."""
     groups: dict[frozenset[str], dict[str, list[Row]]] = {}
-    for case in dict.fromkeys(row["case"] for row in measured["rows"]):
-        rows = [row for row in measured["rows"] if row["case"] == case]
+    layers = [row for row in measured["rows"] if "layer" in row.get("shape", ())]
+    others = [row for row in measured["rows"] if row not in layers]
+    for case in dict.fromkeys(row["case"] for row in others):
+        rows = [row for row in others if row["case"] == case]
         groups.setdefault(frozenset(row["system"] for row in rows), {})[case] = rows
-    tables = [_benchmark_table(cases) for cases in groups.values()]
+    tables = [*_layer_tables(layers), *(_benchmark_table(cases) for cases in groups.values())]
     machine, versions = measured["machine"], measured["versions"]
-    others = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "longspan")
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "longspan")
     source = (
         f"`{measured['command']}`: {machine['cpu']}, {_threads(machine)}, kernels for {machine['instruction_set']}, "
-        f"commit {measured['commit']}, {measured['date']}; {others} ({link})."
+        f"commit {measured['commit']}, {measured['date']}; {packages} ({link})."
     )
     return "\n".join([*tables, source, ""])
+
+
+def _layer_tables(rows: list[Row]) -> list[str]:
+    """A table for each layer: lengths downwards, directions and precisions across, time and memory per token."""
+    tables = []
+    for layer in dict.fromkeys(row["shape"]["layer"] for row in rows):
+        cells: dict[int, dict[tuple[bool, str], str]] = {}
+        for row in rows:
+            shape = row["shape"]
+            if shape["layer"] == layer and row["ours"]:
+                cells.setdefault(shape["tokens"], {})[shape["backward"], row["precision"]] = _layer_cell(row)
+        columns = sorted({column for line in cells.values() for column in line}, key=lambda key: (key[0], key[1] < "c"))
+        names = [f"forward{' and backward' * backward}, {precision}" for backward, precision in columns]
+        head = [f"{layer} layer, tokens", *(f"{name}: µs/token (over dense SDPA), KiB/token" for name in names)]
+        lines = [[f"{tokens:,}", *(line.get(column, "") for column in columns)] for tokens, line in cells.items()]
+        tables.append(_table(head, lines))
+    return tables
+
+
+def _layer_cell(row: Row) -> str:
+    if row["status"] != "ok":
+        return row["status"]
+    tokens, peak = row["shape"]["tokens"], row["peak_mib"]
+    over = "".join(f" ({ratio:.2f}x)" for ratio in row["speedup"].values())
+    memory = "" if peak is None or tokens < 4096 else f", {float(format(1024 * peak / tokens, '.3g')):g}"
+    return f"{float(format(1e3 * row['median_ms'] / tokens, '.3g')):g}{over}{memory}"
 
 
 def _benchmark_table(cases: dict[str, list[Row]]) -> str:

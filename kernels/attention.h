@@ -10,9 +10,13 @@ namespace longspan::LONGSPAN_SET {
 // the sign of the rows, and 0, which would make NaN of -infinity, becomes as good as 0.
 struct Scale {
   bool negative;
-  float factor;  // of scores, in powers of two
+  float factor;   // of scores, in powers of two
+  float inverse;  // of a bias, which is added before
 
-  explicit Scale(float scale) : negative(scale < 0), factor(larger_of(fabsf(scale), 1e-30f) * LOG2_E) {}
+  explicit Scale(float scale)
+      : negative(scale < 0),
+        factor(larger_of(fabsf(scale), 1e-30f) * LOG2_E),
+        inverse(1 / larger_of(fabsf(scale), 1e-30f)) {}
 
  private:
   static float larger_of(float a, float b) { return a > b ? a : b; }
@@ -127,5 +131,14 @@ ALWAYS_INLINE View extras_of_queries(const longspan_attention& call, const longs
   return {queries_of(call, lane, residue, lane.dilation, false), extras_of(lane), UNLIMITED,
           lane.extra_causal ? 0 : UNLIMITED};
 }
+
+// For each view of queries. None of them: `is_biased` false, so that a pass without bias has one test per tile more.
+struct Biases {
+  longspan_bias of_view[VIEWS];
+  bool is_biased;
+
+  Biases(const longspan_bias& extras, const longspan_bias& band)
+      : of_view{extras, band}, is_biased(extras.values || band.values) {}
+};
 
 }  // namespace longspan::LONGSPAN_SET

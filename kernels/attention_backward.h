@@ -74,6 +74,7 @@ class QueryGradient {
   using Tiles = TilesOfType;
   using Packed = typename Tiles::Packed;
   static constexpr int64_t SOURCES = 3;
+  static constexpr bool SUMS_BIAS = true;
   static constexpr int64_t TILE_PANELS = Gradients<Tiles>::TILE_PANELS;
 
   static int64_t rows(const longspan_lane& lane) { return lane.queries; }
@@ -93,8 +94,12 @@ class QueryGradient {
     grad_q_ = arena.take<float>(pass.slots<Tiles>() * Tiles::ROWS * padded_);
   }
 
-  void run(const longspan_lane& lane, int64_t residue, int64_t begin, int64_t end) {
+  void run(const longspan_lane& lane, int64_t residue, int64_t begin, int64_t end, float* bias_sums) {
     lane_ = &lane;
+    biases_ = {lane.extra_bias, lane.bias};
+    const int64_t of_band = BiasSums::count(lane.bias), of_extras = BiasSums::count(lane.extra_bias);
+    bias_sums_[0] = of_extras > 0 ? bias_sums + of_band : nullptr;
+    bias_sums_[1] = of_band > 0 ? bias_sums : nullptr;
     View views[VIEWS] = {extras_of_queries(call_, lane, residue), band_of_queries(call_, lane, residue)};
     for (View& view : views) view.rows = with_statistics(view.rows, call_, lane);
     const Source sources[SOURCES] = {
@@ -119,9 +124,15 @@ class QueryGradient {
   void meet(int64_t slot, const Tile<Tiles, TILE_PANELS>& tile) {
     Tiles::scores(q_, padded_, tile.panels[0], tile.count, gradients_.scores, gradients_.STRIDE);
     Tiles::scores(grad_out_, padded_, tile.panels[1], tile.count, gradients_.grad_weights, gradients_.STRIDE);
+    if (biases_.is_biased) {
+      add_bias<false>(tile, Tiles::ROWS, Tiles::PANEL, biases_.of_view, scale_.inverse, gradients_.scores);
+    }
     tile.hide_unseen(gradients_.scores);
     differentiate_rows<Tiles::ROWS>(gradients_.scores, gradients_.grad_weights, gradients_.STRIDE, tile.columns(),
                                     scale_.factor, lse_, delta_, gradients_.grad_scores);
+    if (bias_sums_[0] || bias_sums_[1]) {
+      sum_bias_gradient(tile, Tiles::ROWS, Tiles::PANEL, biases_.of_view, gradients_.grad_scores, bias_sums_);
+    }
     Tiles::accumulate(gradients_.grad_scores, gradients_.STRIDE, tile.panels[2], tile.count, padded_, nullptr,
                       grad_q_ + slot * Tiles::ROWS * padded_);
   }
@@ -141,6 +152,8 @@ class QueryGradient {
   Packed* grad_out_;
   float* grad_q_;
   float lse_[Tiles::ROWS], delta_[Tiles::ROWS];
+  Biases biases_{{}, {}};
+  float* bias_sums_[VIEWS] = {};
   const longspan_lane* lane_ = nullptr;
   const Tokens* queries_ = nullptr;
 };
@@ -150,6 +163,7 @@ struct BandKeys {
   static int64_t rows(const longspan_lane& lane) { return lane.keys; }
   static int64_t dilation(const longspan_lane& lane) { return lane.dilation; }
   static int64_t queries(const longspan_lane& lane) { return divide_up(lane.queries, lane.dilation); }
+  static const longspan_bias& bias(const longspan_lane& lane) { return lane.bias; }
 
   static View view(const longspan_attention& call, const longspan_lane& lane, int64_t residue) {
     const View band = band_of_queries(call, lane, residue);
@@ -162,6 +176,7 @@ struct ExtraKeys {
   static int64_t rows(const longspan_lane& lane) { return lane.extras; }
   static int64_t dilation(const longspan_lane&) { return 1; }
   static int64_t queries(const longspan_lane& lane) { return lane.queries; }
+  static const longspan_bias& bias(const longspan_lane& lane) { return lane.extra_bias; }
 
   static View view(const longspan_attention& call, const longspan_lane& lane, int64_t) {
     return {extras_of(lane), with_statistics(queries_of(call, lane, 0, 1, true), call, lane),
@@ -176,6 +191,7 @@ class KeyGradient {
   using Tiles = TilesOfType;
   using Packed = typename Tiles::Packed;
   static constexpr int64_t SOURCES = 4;
+  static constexpr bool SUMS_BIAS = false;
   static constexpr int64_t TILE_PANELS = Gradients<Tiles>::TILE_PANELS;
 
   static int64_t rows(const longspan_lane& lane) { return Keys::rows(lane); }
@@ -202,6 +218,7 @@ class KeyGradient {
                                      {lane.q, call_.q_stride, false},
                                      {lane.grad_out, call_.grad_out_stride, false}};
     keys_ = &views[1].rows;
+    biases_ = {{}, Keys::bias(lane)};
     sweep_.run(*this, views, sources, begin, end);
   }
 
@@ -218,6 +235,9 @@ class KeyGradient {
   void meet(int64_t slot, const Tile<Tiles, TILE_PANELS>& tile) {
     Tiles::scores(k_, padded_, tile.panels[0], tile.count, gradients_.scores, gradients_.STRIDE);
     Tiles::scores(v_, padded_, tile.panels[1], tile.count, gradients_.grad_weights, gradients_.STRIDE);
+    if (biases_.is_biased) {
+      add_bias<true>(tile, Tiles::ROWS, Tiles::PANEL, biases_.of_view, scale_.inverse, gradients_.scores);
+    }
     tile.hide_unseen(gradients_.scores);
     differentiate_columns<Tiles::ROWS, Tiles::PANEL>(gradients_.scores, gradients_.grad_weights, gradients_.STRIDE,
                                                      tile.count, scale_.factor, tile.statistics, gradients_.weights,
@@ -247,6 +267,7 @@ class KeyGradient {
   float* grad_v_;
   const longspan_lane* lane_ = nullptr;
   const Tokens* keys_ = nullptr;
+  Biases biases_{{}, {}};
 };
 
 template <class Tiles>

@@ -70,6 +70,7 @@ class Forward {
   using Tiles = TilesOfType;
   using Packed = typename Tiles::Packed;
   static constexpr int64_t SOURCES = 2;
+  static constexpr bool SUMS_BIAS = false;
   // Scores of 16 rows x 288 columns fit in the first-level cache. Blocks of 32 rows fit in no useful number, and do best
   // where all of a window of 512 keys is one tile.
   static constexpr int64_t TILE_PANELS = (Tiles::ROWS == 32 ? 544 : 288) / Tiles::PANEL;
@@ -98,6 +99,7 @@ class Forward {
     const View views[VIEWS] = {extras_of_queries(call_, lane, residue), band_of_queries(call_, lane, residue)};
     const Source sources[SOURCES] = {{lane.k, call_.k_stride, true}, {lane.v, call_.v_stride, false}};
     queries_ = &views[1].rows;
+    biases_ = {lane.extra_bias, lane.bias};
     sweep_.run(*this, views, sources, begin, end);
   }
 
@@ -118,6 +120,9 @@ class Forward {
   void meet(int64_t slot, const TileOfPanels& tile) {
     alignas(ALIGNMENT) float alpha[Tiles::ROWS];
     Tiles::scores(block_, padded_, tile.panels[0], tile.count, scores_, STRIDE);
+    if (biases_.is_biased) {
+      add_bias<false>(tile, Tiles::ROWS, Tiles::PANEL, biases_.of_view, scale_.inverse, scores_);
+    }
     tile.hide_unseen(scores_);
     const bool rises = advance(softmaxes_[slot], scores_, STRIDE, tile.columns(), scale_.factor, alpha, weights_);
     Tiles::accumulate(weights_, STRIDE, tile.panels[1], tile.count, padded_, rises ? alpha : nullptr, sums_of(slot));
@@ -179,6 +184,7 @@ class Forward {
   Softmax<Tiles::ROWS>* softmaxes_;
   const longspan_lane* lane_ = nullptr;
   const Tokens* queries_ = nullptr;
+  Biases biases_{{}, {}};
 };
 
 }  // namespace longspan::LONGSPAN_SET

@@ -139,11 +139,16 @@ bool are_positions(const longspan_lane& lane) {
   return true;
 }
 
+bool is_bias(const longspan_bias& bias) {
+  return !bias.values || (bias.count >= LONGSPAN_BIAS_MARGIN && bias.count <= 2 * MOST_TOKENS &&
+                          bias.first >= -MOST_TOKENS && bias.first <= MOST_TOKENS);
+}
+
 bool is_lane(const longspan_attention& call, const longspan_lane& lane) {
   const bool sizes = is_token_count(lane.queries) && is_token_count(lane.keys) && lane.before >= 0 && lane.after >= 0 &&
                      lane.dilation >= 1;
   const bool rows = (lane.q || lane.queries == 0) && ((lane.k && lane.v) || lane.keys == 0);
-  return sizes && rows && are_positions(lane) && are_extras(call, lane);
+  return sizes && rows && are_positions(lane) && are_extras(call, lane) && is_bias(lane.bias) && is_bias(lane.extra_bias);
 }
 
 bool is_forward_lane(const longspan_attention& call, const longspan_lane& lane) {
@@ -226,5 +231,5 @@ void longspan_prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-int64_t longspan_interface_version(void) { return 3; }
+int64_t longspan_interface_version(void) { return 4; }
 }

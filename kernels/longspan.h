@@ -24,6 +24,16 @@ typedef struct longspan_attention {
   int64_t grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
 } longspan_attention;
 
+// What is added to the scaled scores by distance: values[m - first] where the key stands m steps after its query; beyond
+// either end, what stands there. The first and the last LONGSPAN_BIAS_MARGIN of the values must be alike. Null: nothing.
+// gradient: of the values, added to by the backward pass; null: not wanted. Lanes may share both.
+enum { LONGSPAN_BIAS_MARGIN = 16 };
+typedef struct longspan_bias {
+  const float *values;
+  float *gradient;
+  int64_t first, count;
+} longspan_bias;
+
 // One sequence of one head. Query i stands at key positions[i]. It sees the keys j with
 // position - before * dilation <= j <= position + after * dilation, (j - position) % dilation == 0 and key_mask[j] != 0,
 // and the extra keys, each once.
@@ -40,6 +50,8 @@ typedef struct longspan_lane {
   const int64_t *extra;        // keys seen from any distance; contiguous, ascending
   int64_t extras;
   int64_t extra_causal;        // 1: an extra key is seen only from its own position on
+  longspan_bias bias;          // of the band, in steps of `dilation` keys
+  longspan_bias extra_bias;    // of the extra keys, in steps of one key
   // Backward only. lse is that of the forward pass over all lanes of a row (of all calls, where calls accumulate).
   const void *grad_out;
   const float *delta;          // sum(grad_out * out) - grad_lse of each row, lse_stride apart

@@ -58,9 +58,10 @@ struct View {
 template <int64_t ROWS>
 struct Reach {
   int32_t first[ROWS], last[ROWS];
+  int64_t before;
   int64_t lowest_first = UNLIMITED, highest_first = -UNLIMITED, lowest_last = UNLIMITED, highest_last = -UNLIMITED;
 
-  Reach(const View& view, int64_t begin, int64_t count) {
+  Reach(const View& view, int64_t begin, int64_t count) : before(view.before) {
     if (count == 0) return;
     if (view.rows.is_plain()) {
       fill_plain(view, begin, count);
@@ -80,6 +81,8 @@ struct Reach {
       highest_last = larger(highest_last, to);
     }
   }
+
+  int64_t position(int64_t r) const { return first[r] + before; }  // of a shown row
 
  private:
   void fill_plain(const View& view, int64_t begin, int64_t count) {

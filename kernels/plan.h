@@ -2,8 +2,8 @@
 #pragma once
 #include <omp.h>
 
+#include "bias.h"
 #include "dispatch.h"
-#include "sweep.h"
 
 namespace longspan::LONGSPAN_SET {
 
@@ -33,7 +33,8 @@ ALWAYS_INLINE int64_t choose_rows_per_task(int64_t all_rows, int64_t threads) {
 
 // Worker has, as static members, rows(lane) and dilation(lane), which takes the rows apart into grids, and
 // columns(lane, view), the most that a row may meet. Each thread makes a Worker(arena, pass) of its own, for whose
-// run(lane, residue, begin, end) the rows `begin` to `end` of one grid are a task.
+// run(lane, residue, begin, end) the rows `begin` to `end` of one grid are a task. Where SUMS_BIAS, each task is also given
+// where to sum up the gradient of the bias, null if nobody wants it.
 template <class Worker>
 int run_pass(const longspan_attention& call, const longspan_lane* lanes, int64_t num_lanes) {
   const int64_t threads = omp_get_max_threads();
@@ -55,6 +56,8 @@ int run_pass(const longspan_attention& call, const longspan_lane* lanes, int64_t
   const int64_t num_tasks = num_lanes * tasks_per_lane;
   if (num_tasks == 0) return LONGSPAN_OK;
 
+  BiasSums sums;
+  if (Worker::SUMS_BIAS && !sums.allocate(lanes, num_lanes, num_tasks)) return LONGSPAN_NO_MEMORY;
   Arena needed;
   { Worker worker(needed, pass); }
   int64_t next_task = 0;
@@ -73,11 +76,15 @@ int run_pass(const longspan_attention& call, const longspan_lane* lanes, int64_t
         if (grids == 0) continue;
         const int64_t residue = within % grids, begin = within / grids * pass.rows_per_task;
         const int64_t rows = tokens_of_residue(Worker::rows(lane), residue, Worker::dilation(lane));
-        if (begin < rows) worker.run(lane, residue, begin, smaller(rows, begin + pass.rows_per_task));
+        if (begin >= rows) continue;
+        const int64_t end = smaller(rows, begin + pass.rows_per_task);
+        if constexpr (Worker::SUMS_BIAS) worker.run(lane, residue, begin, end, sums.of_task(task));
+        if constexpr (!Worker::SUMS_BIAS) worker.run(lane, residue, begin, end);
       }
       Worker::Tiles::end();
     }
   }
+  if (Worker::SUMS_BIAS) sums.add_to(lanes, num_lanes, num_tasks);
   return working > 0 ? LONGSPAN_OK : LONGSPAN_NO_MEMORY;
 }
 

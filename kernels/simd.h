@@ -235,6 +235,16 @@ ALWAYS_INLINE void interleave(Words& a, Words& b) {
 #endif
 }
 
+ALWAYS_INLINE Vector reversed(Vector x) {
+#if LONGSPAN_AVX512
+  return __builtin_shufflevector(x, x, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#elif LONGSPAN_AVX2
+  return __builtin_shufflevector(x, x, 7, 6, 5, 4, 3, 2, 1, 0);
+#else
+  return __builtin_shufflevector(x, x, 3, 2, 1, 0);
+#endif
+}
+
 // A square of LANES x LANES words. Each round interleaves row i with row i + LANES / 2; log2(LANES) rounds transpose.
 ALWAYS_INLINE void transpose(Words (&rows)[LANES]) {
   UNROLL for (int64_t round = 1; round < LANES; round *= 2) {

@@ -16,16 +16,22 @@ struct Tile {
   int64_t count = 0;
   const typename Tiles::Packed* panels[MAX_SOURCES][CAPACITY];
   const float* statistics[CAPACITY];
-  const int32_t* positions[CAPACITY];            // null where every row sees the whole panel
+  const int32_t* positions[CAPACITY];
+  bool is_seen_whole[CAPACITY];                  // by every row
+  int64_t start[CAPACITY];                       // the position of the first column, after which they rise by 1; or -1
+  int64_t view[CAPACITY];
   const Reach<Tiles::ROWS>* reach[CAPACITY];
 
   int64_t columns() const { return count * Tiles::PANEL; }
 
-  void add(Segment<Tiles>& segment, int64_t panel, int64_t num_sources, const Reach<Tiles::ROWS>& rows) {
+  void add(Segment<Tiles>& segment, int64_t panel, int64_t num_sources, int64_t of_view, const Reach<Tiles::ROWS>& rows) {
     segment.pack(panel);
     for (int64_t s = 0; s < num_sources; ++s) panels[s][count] = segment.packed(panel, s);
     statistics[count] = segment.statistics(panel);
-    positions[count] = segment.is_seen_whole(panel, rows) ? nullptr : segment.positions(panel);
+    positions[count] = segment.positions(panel);
+    is_seen_whole[count] = segment.is_seen_whole(panel, rows);
+    start[count] = segment.columns().position_is_number() ? panel * Tiles::PANEL : -1;
+    view[count] = of_view;
     reach[count] = &rows;
     ++count;
   }
@@ -33,7 +39,7 @@ struct Tile {
   // Sets the scores of columns that a row does not see to -infinity.
   void hide_unseen(float* scores) const {
     for (int64_t p = 0; p < count; ++p) {
-      if (!positions[p]) continue;
+      if (is_seen_whole[p]) continue;
       for (int64_t r = 0; r < Tiles::ROWS; ++r) {
         float* row = scores + r * STRIDE + p * Tiles::PANEL;
         for (int64_t x = 0; x < Tiles::PANEL; x += LANES) {
@@ -139,7 +145,7 @@ class Sweep {
       const int64_t last = smaller(near.end, segment.range().end);
       for (int64_t panel = larger(near.begin, segment.range().begin); panel < last; ++panel) {
         if (!segment.is_seen(panel, reaches[v])) continue;
-        tile.add(segment, panel, Work::SOURCES, reaches[v]);
+        tile.add(segment, panel, Work::SOURCES, v, reaches[v]);
         if (tile.count == Work::TILE_PANELS) meet();
       }
     }

@@ -69,8 +69,43 @@ class Matrix {
   std::vector<char> bytes_;
 };
 
+// A bias by distance and its gradient. Empty: none.
+struct Bias {
+  int64_t first = 0;
+  std::vector<float> values, gradient;
+  std::vector<double> expected;  // of the gradient, where a distance is looked up: not at the other margin
+
+  int64_t at(int64_t steps) const {
+    return std::clamp<int64_t>(steps - first, 0, static_cast<int64_t>(values.size()) - 1);
+  }
+  double operator()(int64_t steps) const { return values.empty() ? 0 : values[at(steps)]; }
+  longspan_bias given() {
+    if (values.empty()) return {};
+    return {values.data(), gradient.data(), first, static_cast<int64_t>(values.size())};
+  }
+
+  void choose(Random& random) {
+    const int64_t inner = random.between(1, random.chance(0.5) ? 5 : 80);
+    first = random.between(-60, 20) - LONGSPAN_BIAS_MARGIN;
+    for (int64_t i = 0; i < inner; ++i) values.push_back(static_cast<float>(2 * random.gaussian()));
+    values.insert(values.begin(), LONGSPAN_BIAS_MARGIN, values.front());
+    values.insert(values.end(), LONGSPAN_BIAS_MARGIN, values.back());
+    gradient.assign(values.size(), 0);
+  }
+
+  // What stands at each margin is one value, whichever of its places a sum went to.
+  template <class Number>
+  std::vector<double> folded(const std::vector<Number>& sums) const {
+    const size_t margin = LONGSPAN_BIAS_MARGIN, count = sums.size() - 2 * margin;
+    std::vector<double> result(sums.begin() + margin, sums.begin() + margin + count);
+    for (size_t i = 0; i < margin; ++i) result.front() += sums[i], result.back() += sums[margin + count + i];
+    return result;
+  }
+};
+
 // One lane and all that it points to.
 struct Lane {
+  Bias bias, extra_bias;
   longspan_lane given = {};
   Matrix q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   std::vector<float> lse, delta, grad_lse;
@@ -89,7 +124,14 @@ struct Lane {
            -distance / given.dilation <= given.before && distance / given.dilation <= given.after;
   }
 
+  Bias& bias_of(int64_t j) { return is_extra(j) ? extra_bias : bias; }
+
+  int64_t steps(int64_t i, int64_t j) const {
+    return (j - (positions.empty() ? i : positions[i])) / (is_extra(j) ? 1 : given.dilation);
+  }
+
   void expect(const longspan_attention& call) {
+    for (Bias* one : {&bias, &extra_bias}) one->expected.assign(one->values.size(), 0);
     expected_lse.assign(given.queries, -INFINITY);
     expected_out.assign(given.queries * call.width, 0);
     expected_grad_q = expected_out;
@@ -108,6 +150,7 @@ struct Lane {
     given.key_mask = key_mask.empty() ? nullptr : key_mask.data();
     given.extra = extra.empty() ? nullptr : extra.data();
     given.extras = static_cast<int64_t>(extra.size());
+    given.bias = bias.given(), given.extra_bias = extra_bias.given();
   }
 
  private:
@@ -124,7 +167,7 @@ struct Lane {
     }
     if (seen.empty()) return;
     std::vector<double> weights;
-    for (int64_t j : seen) weights.push_back(call.scale * dot(q, i, k, j));
+    for (int64_t j : seen) weights.push_back(call.scale * dot(q, i, k, j) + bias_of(j)(steps(i, j)));
     const double top = *std::max_element(weights.begin(), weights.end());
     double total = 0, grad_dot_out = 0;
     for (double& weight : weights) total += weight = exp(weight - top);
@@ -138,7 +181,9 @@ struct Lane {
     delta[i * call.lse_stride] = static_cast<float>(shift);
     for (size_t s = 0; s < seen.size(); ++s) {
       const int64_t j = seen[s];
-      const double grad_score = call.scale * weights[s] * (dot(grad_out, i, v, j) - shift);
+      const double grad_biased = weights[s] * (dot(grad_out, i, v, j) - shift), grad_score = call.scale * grad_biased;
+      Bias& biased = bias_of(j);
+      if (!biased.values.empty()) biased.expected[biased.at(steps(i, j))] += grad_biased;
       for (int64_t x = 0; x < width; ++x) {
         expected_grad_q[i * width + x] += grad_score * k(j, x);
         expected_grad_k[j * width + x] += grad_score * q(i, x);
@@ -193,6 +238,9 @@ inline void choose_who_sees_whom(Lane& lane, const Limits& limits, Random& rando
       lane.key_mask[j] = 0;
     }
     given.extra_causal = random.chance(0.5);
+  }
+  for (Bias* bias : {&lane.bias, &lane.extra_bias}) {
+    if (random.chance(0.4)) bias->choose(random);
   }
 }
 

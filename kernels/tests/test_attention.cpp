@@ -37,6 +37,19 @@ void check_forward(const Case& test, const char* context) {
   }
 }
 
+// Up to four times the error of other results: the errors of all rows add up in it.
+void check_bias(const char* name, const Bias& bias, double relative, const char* context) {
+  if (bias.values.empty()) return;
+  const std::vector<double> expected = bias.folded(bias.expected), gradient = bias.folded(bias.gradient);
+  double largest = 1;
+  for (double value : expected) largest = std::max(largest, fabs(value));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = fabs(gradient[i] - expected[i]);
+    CHECK(error <= 4 * relative * largest, "gradient %d of the %s is off by %g of %g (%s)", (int)i, name, error, largest,
+          context);
+  }
+}
+
 void check_backward(const Case& test, const char* context) {
   const double precision = tolerance(test.call, test.call.grad_dtype, 3e-2);
   const int64_t width = test.call.width;
@@ -44,6 +57,8 @@ void check_backward(const Case& test, const char* context) {
     check_matrix("grad_q", lane.grad_q, lane.expected_grad_q, width, precision, context);
     check_matrix("grad_k", lane.grad_k, lane.expected_grad_k, width, precision, context);
     check_matrix("grad_v", lane.grad_v, lane.expected_grad_v, width, precision, context);
+    check_bias("bias", lane.bias, precision, context);
+    check_bias("extra bias", lane.extra_bias, precision, context);
   }
 }
 
@@ -109,6 +124,7 @@ void test_calls_accumulate(const char* set) {
       second.given.out = first.out.data(), second.given.lse = first.lse.data();
       second.given.grad_q = first.grad_q.data(), second.given.grad_k = first.grad_k.data();
       second.given.grad_v = first.grad_v.data();
+      second.given.bias = first.bias.given(), second.given.extra_bias = first.extra_bias.given();
     }
     for (Case& half : halves) {
       half.call.out_stride = half.call.grad_q_stride = half.call.grad_k_stride = half.call.grad_v_stride = test.call.width;
@@ -191,6 +207,9 @@ void test_bad_arguments_are_refused() {
   static const int64_t outside[] = {0, 1000000}, descending[] = {1, 0};
   check_refused("extra key outside", [](Call&, L& lane) { lane.extra = outside, lane.extras = 2; });
   check_refused("extra keys descend", [](Call&, L& lane) { lane.extra = descending, lane.extras = 2; });
+  static const float few[LONGSPAN_BIAS_MARGIN] = {};
+  check_refused("bias without margins", [](Call&, L& lane) { lane.bias = {few, nullptr, 0, 15}; });
+  check_refused("bias at no distance", [](Call&, L& lane) { lane.extra_bias = {few, nullptr, INT64_MIN, 16}; });
   check_refused("position outside", [](Call&, L& lane) {
     lane.positions = outside, lane.queries = 2, lane.dilation = 1;
   });

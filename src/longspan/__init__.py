@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longspan import nn as nn
     from longspan.attention import attend as attend
     from longspan.attention import explain as explain
     from longspan.attention import patterns as patterns
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from longspan.inference.reader import Answer as Answer
     from longspan.inference.reader import Passage as Passage
     from longspan.inference.reader import Reader as Reader
+    from longspan.models.attention_interface import set_attention as set_attention
     from longspan.models.config import LongspanConfig as LongspanConfig
     from longspan.models.convert import to_long as to_long
     from longspan.models.evidence import LongspanForEvidence as LongspanForEvidence
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from longspan.models.heads import LongspanForSequenceClassification as LongspanForSequenceClassification
     from longspan.models.heads import LongspanForSpanClassification as LongspanForSpanClassification
     from longspan.models.heads import LongspanForTokenClassification as LongspanForTokenClassification
+    from longspan.models.longformer_lm import LongformerForCausalLM as LongformerForCausalLM
+    from longspan.models.longformer_lm import LongformerLMConfig as LongformerLMConfig
+    from longspan.models.longnet import LongNetConfig as LongNetConfig
+    from longspan.models.longnet import LongNetForCausalLM as LongNetForCausalLM
+    from longspan.models.longnet import LongNetModel as LongNetModel
     from longspan.models.model import LongspanModel as LongspanModel
     from longspan.models.plug_in import accelerate as accelerate
 
@@ -31,6 +38,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Answer": "longspan.inference.reader",
     "Document": "longspan.inference.documents",
+    "LongNetConfig": "longspan.models.longnet",
+    "LongNetForCausalLM": "longspan.models.longnet",
+    "LongNetModel": "longspan.models.longnet",
+    "LongformerForCausalLM": "longspan.models.longformer_lm",
+    "LongformerLMConfig": "longspan.models.longformer_lm",
     "LongspanConfig": "longspan.models.config",
     "LongspanForEvidence": "longspan.models.evidence",
     "LongspanForMaskedLM": "longspan.models.heads",
@@ -45,7 +57,9 @@ _HOME = {
     "accelerate": "longspan.models.plug_in",
     "attend": "longspan.attention",
     "explain": "longspan.attention",
+    "nn": "longspan",
     "patterns": "longspan.attention",
+    "set_attention": "longspan.models.attention_interface",
     "to_long": "longspan.models.convert",
 }
 
@@ -55,7 +69,8 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'longspan' has no attribute {name!r}; it has {', '.join(_HOME)}.")
-    value = getattr(import_module(_HOME[name]), name)
+    home = _HOME[name]
+    value = import_module(f"longspan.{name}") if home == "longspan" else getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -31,6 +31,7 @@ def examples(tokens: int, batch: int = BATCH, heads: int = HEADS) -> dict[str, P
         "segments": DilatedSegments(branches, heads=heads),
         "segments_causal": DilatedSegments(branches, heads=heads, causal=True, offsets="interleaved"),
         "segments_uneven": DilatedSegments(((8, 3), (24, 5)), heads=heads),
+        "segments_part": DilatedSegments(((8, 1), (24, 3)), heads=3 * heads, part=(heads + 1, 2 * heads + 1)),
         "segments_sparse": DilatedSegments(((16, 4),), heads=heads, offsets="interleaved"),
         "segments_window": DilatedSegments(((16, 1), (16, 2)), heads=heads) | SlidingWindow(2, 2),
     }

@@ -160,3 +160,11 @@ def test_shift_invariant_patterns_count_by_distance_away_from_extra_keys(name: s
         keys = ordinary[:, max(0, distance) : max(0, distance) + line.shape[2]]
         for head in range(HEADS):
             assert line[:, head][keys].unique().numel() <= 1
+
+
+@pytest.mark.parametrize("name", EXAMPLE_NAMES)
+def test_patterns_know_whether_they_look_ahead(name: str):
+    pattern, tokens = examples(53)[name], 53
+    count = make_request(*inputs(tokens, torch.float32)[:3], pattern).dense_count()
+    ahead = torch.arange(tokens) > torch.arange(tokens)[:, None]
+    assert pattern.looks_ahead() == bool((count * ahead).any())

@@ -214,9 +214,11 @@ def test_operator_passes_opcheck(name: str, dtype: torch.dtype):
     inputs = [value.detach().requires_grad_() for value in rows(70, dtype=dtype)[:3]]
     text, tensors = pattern_to_parts(examples(70)[name])
     positions = torch.arange(70) if name == "full_causal" else None
-    torch.library.opcheck(
-        torch.ops.longspan.native.default, (*inputs, text, tensors, padding("ragged", 70), positions, 0.3)
-    )
+    table = torch.randn(HEADS, 9, requires_grad=True)
+    for bias in (None, table):
+        torch.library.opcheck(
+            torch.ops.longspan.native.default, (*inputs, text, tensors, padding("ragged", 70), positions, bias, 2, 0.3)
+        )
 
 
 @pytest.mark.parametrize("backend", ["native", "auto"])
@@ -378,7 +380,7 @@ def test_whatever_comes_gives_a_result_or_an_error_that_says_why(data: st.DataOb
     text, tensors = pattern_to_parts(pattern)
     calls = [
         lambda: attend(*values, pattern, token_mask=token_mask, query_positions=positions, backend="native"),
-        lambda: torch.ops.longspan.native(*values, text, tensors, token_mask, positions, 0.5)[0],
+        lambda: torch.ops.longspan.native(*values, text, tensors, token_mask, positions, None, 0, 0.5)[0],
         lambda: attend_packed(*(value.flatten(0, 1) for value in values), Sequences([0, shape[1]]), pattern),
     ]
     for call in calls:

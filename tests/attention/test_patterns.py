@@ -123,3 +123,18 @@ def test_both_head_offsets_of_longnet():
     interleaved = DilatedSegments(((8, 4),), heads=6, offsets="interleaved")
     assert [grouped.offset(head, 4) for head in range(6)] == [0, 0, 1, 2, 2, 3]
     assert [interleaved.offset(head, 4) for head in range(6)] == [0, 1, 2, 3, 0, 1]
+
+
+def test_a_part_of_the_heads_sees_what_those_heads_see():
+    whole = DilatedSegments(((8, 4), (12, 3)), heads=6, causal=True)
+    part = DilatedSegments(((8, 4), (12, 3)), heads=6, causal=True, part=(2, 5))
+    index = torch.arange(30)
+    heads = torch.arange(3)[:, None, None]
+    of_whole = whole.count(torch.tensor(0), heads + 2, index[:, None], index)
+    assert torch.equal(part.count(torch.tensor(0), heads, index[:, None], index), of_whole)
+    part.check_fits(1, 3, 30, torch.device("cpu"))
+    with pytest.raises(ValueError, match="made for 3 heads but q has 6"):
+        part.check_fits(1, 6, 30, torch.device("cpu"))
+    for wrong in ((2, 7), (3, 3), (-1, 2)):
+        with pytest.raises(ValueError, match="part is"):
+            DilatedSegments(((8, 4),), heads=6, part=wrong)

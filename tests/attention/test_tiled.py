@@ -135,9 +135,10 @@ def test_between_forward_and_backward_nothing_grows_with_the_window(name: str):
 def test_operator_passes_opcheck(name: str):
     inputs, token_mask = rows(70), padding("ragged", 70)
     text, tensors = pattern_to_parts(examples(70)[name])
-    for seed, dropout in ((None, 0.0), (torch.tensor(5), 0.2)):
+    table = torch.randn(HEADS, 9, dtype=torch.float64, requires_grad=True)
+    for seed, bias, dropout in ((None, None, 0.0), (torch.tensor(5), None, 0.2), (None, table, 0.0)):
         torch.library.opcheck(
-            torch.ops.longspan.tiled.default, (*inputs, text, tensors, token_mask, seed, 0.3, dropout)
+            torch.ops.longspan.tiled.default, (*inputs, text, tensors, token_mask, seed, bias, 2, 0.3, dropout)
         )
 
 

@@ -1,7 +1,17 @@
 import pytest
 
-from longspan.bench.cases import GOALS, attention_cases, dense_cases, encoder_cases, memory_cases, reached
+from longspan.bench.cases import (
+    GOALS,
+    attention_cases,
+    character_cases,
+    dense_cases,
+    dilated_cases,
+    encoder_cases,
+    memory_cases,
+    reached,
+)
 from longspan.bench.measure import Row, compare
+from longspan.bench.scaling import DENSE, LAYERS, OURS, case_name
 
 
 def encoders(shape, **options):
@@ -13,13 +23,17 @@ CASES = {
     "bench-encoder-base": lambda: encoders("base"),
     "bench-encoder-modernbert": lambda: encoders("modernbert"),
     "bench-attention": lambda: [*attention_cases(quick=False), *memory_cases(quick=False)],
+    "bench-scaling": lambda: [
+        *dilated_cases(precisions=("fp32", "bf16"), quick=False),
+        *character_cases(precisions=("fp32", "bf16"), quick=False),
+    ],
     "bench-dense": lambda: dense_cases(batches=(), tokens=(), quick=False),
 }
 
 
 def rows_of(topic):
     """Every row as if measured: others take 24 ms, ours 2, 3, ... and memory is 100 MiB per 65,536 tokens."""
-    rows = []
+    rows = layer_rows() if topic == "bench-scaling" else []
     for case in CASES[topic]():
         some = []
         for number, system in enumerate(case.systems()):
@@ -40,6 +54,26 @@ def rows_of(topic):
         compare(some, [system for system in case.systems() if system.yardstick])
         rows += some
     return rows
+
+
+def layer_rows():
+    return [
+        Row(
+            case=case_name(layer.name, backward, tokens),
+            shape={"tokens": tokens},
+            system=system,
+            precision=precision,
+            threads=2,
+            ours=system == OURS,
+            median_ms=1e-3 * tokens * (2 if system == OURS else 24),
+            peak_mib=tokens / 1024,
+        )
+        for layer in LAYERS
+        for backward in (False, True)
+        for precision in ("fp32", "bf16")
+        for tokens in (2048, 2**15, 2**20)
+        for system in (OURS, DENSE)
+    ]
 
 
 @pytest.mark.parametrize("topic", GOALS)

@@ -108,3 +108,24 @@ def test_goals_come_from_the_newest_file_of_each_benchmark(tables, tmp_path):
 
 def test_what_was_not_measured_says_how(tables, tmp_path):
     assert tables["render"]("bench-dense", tmp_path / "page.md") == "Not measured yet: `longspan bench dense`.\n"
+
+
+def test_layers_are_shown_by_length(tables, tmp_path):
+    def layer(tokens, backward, precision="fp32", **fields):
+        shape = {"layer": "LongNet", "tokens": tokens, "backward": backward}
+        return row("longspan", ours=True, shape=shape, precision=precision, peak_mib=tokens / 512) | fields
+
+    save(
+        tmp_path,
+        "2026-01-02_cpu_bench-scaling",
+        layer(1024, False, speedup={"dense SDPA fp32": 0.5}),
+        layer(8192, False),
+        layer(8192, False, "bf16"),
+        layer(8192, True, status="left out", median_ms=None),
+    )
+    shown = tables["render"]("bench-scaling", tmp_path / "page.md")
+    assert shown.startswith(
+        "| LongNet layer, tokens | forward, fp32: µs/token (over dense SDPA), KiB/token | forward, bf16"
+    )
+    assert "| 1,024 | 19.5 (0.50x) |  |  |" in shown
+    assert "| 8,192 | 2.44, 2 | 2.44, 2 | left out |" in shown

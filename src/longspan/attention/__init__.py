@@ -13,10 +13,12 @@ from longspan.attention.patterns import (
     Union,
     pattern_from_dict,
 )
+from longspan.attention.request import DistanceBias
 
 __all__ = [
     "PATTERNS",
     "DilatedSegments",
+    "DistanceBias",
     "Explanation",
     "Full",
     "GlobalKeys",

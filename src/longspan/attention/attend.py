@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longspan.attention.backends import BACKENDS, Backend, Request
 from longspan.attention.patterns import Pattern
+from longspan.attention.request import DistanceBias
 
 
 @overload
@@ -26,6 +27,7 @@ def attend(
     query_positions: Tensor | None = ...,
     scale: float | None = ...,
     dropout: float = ...,
+    bias: DistanceBias | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -40,6 +42,7 @@ def attend(
     query_positions: Tensor | None = ...,
     scale: float | None = ...,
     dropout: float = ...,
+    bias: DistanceBias | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -53,6 +56,7 @@ def attend(
     query_positions: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    bias: DistanceBias | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -61,6 +65,7 @@ def attend(
     q: [B, H, M, D]. k, v: [B, H, N, D]. token_mask: Bool[B, N], True for tokens, False for padding; None: all tokens.
     query_positions: Long[M] or Long[B, M], where the rows of q stand among the N tokens; None: q has all N rows.
     scale: factor on q @ k, D ** -0.5 by default. dropout: fraction of the probabilities dropped, whoever calls.
+    bias: what is added to the scaled scores by head and distance; its values may ask for gradients.
     backend: "auto" or a name out of BACKENDS; one that is asked for by name never falls back to another.
 
     Returns out [B, H, M, D]; with return_lse also the log of each row's softmax sum, [B, H, M] in float32 or wider.
@@ -68,7 +73,7 @@ def attend(
     and v hold, NaN included, reaches neither outputs nor gradients of tokens.
     Raises ValueError for inputs that do not fit together, NotImplementedError where no backend can run them.
     """
-    request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse)
+    request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse, bias)
     out, lse = choose_backend(request, backend).run(request)
     if not return_lse:
         return out
@@ -108,10 +113,11 @@ def explain(
     query_positions: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    bias: DistanceBias | None = None,
     return_lse: bool = False,
 ) -> Explanation:
     """Which backend `attend` would take for these arguments, and why not the others. Computes no attention."""
-    request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse)
+    request = make_request(q, k, v, pattern, token_mask, query_positions, scale, dropout, return_lse, bias)
     able = [candidate for candidate in BACKENDS if candidate.unsupported(request) is None]
     chosen = _choose(request, able).name if able else None
     reasons = {}
@@ -167,6 +173,7 @@ def make_request(
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
+    bias: DistanceBias | None = None,
 ) -> Request:
     """The inputs of `attend`, checked. Raises ValueError."""
     _check_tensors(q, k, v)
@@ -198,7 +205,27 @@ def make_request(
         scale=width**-0.5 if scale is None else scale,
         dropout=dropout,
         return_lse=return_lse,
+        bias=None if bias is None else _check_bias(bias, q),
     )
+
+
+def _check_bias(bias: DistanceBias, q: Tensor) -> DistanceBias:
+    """The bias in the dtype of scores."""
+    if not isinstance(bias, DistanceBias):
+        raise ValueError(f"bias must be a DistanceBias(values, ahead), a table by head and distance; got {type(bias)}")
+    values, heads = bias.values, q.shape[1]
+    if values.ndim != 2 or values.shape[0] != heads or not values.shape[1] or not values.is_floating_point():
+        raise ValueError(
+            f"bias.values must be floating-point [H={heads}, R], a row for each head and a column for each distance; "
+            f"got {values.dtype} {list(values.shape)}"
+        )
+    if values.device != q.device:
+        raise ValueError(f"bias.values is on {values.device} but q is on {q.device}; move it there")
+    if not 0 <= bias.ahead < values.shape[1]:
+        raise ValueError(
+            f"bias.ahead is the column of the query itself, 0 <= ahead < {values.shape[1]} columns; got {bias.ahead}"
+        )
+    return DistanceBias(values.to(torch.promote_types(q.dtype, torch.float32)), bias.ahead)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

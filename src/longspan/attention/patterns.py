@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -53,6 +54,11 @@ class Pattern:
         """Whether, away from `extra_keys`, the count depends on key - query and head only."""
         return False
 
+    def looks_ahead(self) -> bool:
+        """Whether a query may see keys that follow it."""
+        reach = self.reach()
+        return reach is None or reach.after > 0 or self.extra_keys() is not None
+
     def check_fits(self, batch: int, heads: int, tokens: int, device: torch.device) -> None:
         """Raise ValueError when the pattern was made for other shapes or another device."""
 
@@ -78,6 +84,9 @@ class Full(Pattern):
 
     def shift_invariant(self) -> bool:
         return True
+
+    def looks_ahead(self) -> bool:
+        return not self.causal
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,9 @@ class GlobalKeys(Pattern):
     def shift_invariant(self) -> bool:
         return True
 
+    def looks_ahead(self) -> bool:
+        return not self.causal
+
     def check_fits(self, batch: int, heads: int, tokens: int, device: torch.device) -> None:
         if self.marked.shape != (batch, tokens):
             raise ValueError(
@@ -198,6 +210,8 @@ class DilatedSegments(Pattern):
     mixing the branches by their softmax denominators. A token that no branch keeps sees nothing.
     offsets: which tokens head h keeps: those at h * stride // heads ("grouped", the released code, neighbouring heads
     alike) or h % stride ("interleaved", the paper), counted from the start of the segment.
+    part: (first, end) where q, k and v hold only the heads from `first` to before `end`, as when a layer is computed
+    some heads at a time.
     Source: LongNet, arXiv 2307.02486, section 2.
     """
 
@@ -205,6 +219,7 @@ class DilatedSegments(Pattern):
     heads: int
     causal: bool = False
     offsets: Literal["grouped", "interleaved"] = "grouped"
+    part: tuple[int, int] | None = None
     name: ClassVar[str] = "dilated_segments"
     repeats: ClassVar[bool] = True
 
@@ -217,14 +232,46 @@ class DilatedSegments(Pattern):
             )
         if self.heads < 1:
             raise ValueError(f"DilatedSegments needs heads >= 1, the number of heads of q; got {self.heads}")
+        if self.part is not None:
+            object.__setattr__(self, "part", tuple(self.part))
+            if len(self.part) != 2 or not 0 <= self.part[0] < self.part[1] <= self.heads:
+                raise ValueError(
+                    f"DilatedSegments.part is (first, end) with 0 <= first < end <= {self.heads}, the heads; "
+                    f"got {self.part}"
+                )
         if self.offsets not in ("grouped", "interleaved"):
             raise ValueError(
                 f"DilatedSegments.offsets must be 'grouped' (released code) or 'interleaved' (paper); "
                 f"got {self.offsets!r}"
             )
 
+    @classmethod
+    def mixture(
+        cls,
+        segment_lengths: int | Sequence[int],
+        dilations: int | Sequence[int],
+        heads: int,
+        causal: bool = False,
+        offsets: Literal["grouped", "interleaved"] = "grouped",
+    ) -> DilatedSegments:
+        """LongNet's mixture from its two lists; one number in place of a list goes with all numbers of the other."""
+        given = f"got segment lengths {segment_lengths} and dilations {dilations}"
+        lengths, rates = ([one] if isinstance(one, int) else list(one) for one in (segment_lengths, dilations))
+        if isinstance(segment_lengths, int):
+            lengths *= len(rates)
+        if isinstance(dilations, int):
+            rates *= len(lengths)
+        if len(lengths) != len(rates) or not lengths:
+            raise ValueError(f"there must be as many dilations as segment lengths, and at least one; {given}")
+        if not all(isinstance(number, int) and number >= 1 for number in (*lengths, *rates)):
+            raise ValueError(f"segment lengths and dilations are whole numbers of tokens, at least 1; {given}")
+        if any(rate > length for length, rate in zip(lengths, rates, strict=True)):
+            raise ValueError(f"a dilation must not exceed its segment length, or heads would keep no token; {given}")
+        return cls(tuple(zip(lengths, rates, strict=True)), heads, causal, offsets)
+
     def offset(self, head: Index, stride: int) -> Index:
-        """First position that `head` keeps in every segment of a branch."""
+        """First position that `head`, counted among those of q, keeps in every segment of a branch."""
+        head = head + (0 if self.part is None else self.part[0])
         return head * stride // self.heads if self.offsets == "grouped" else head % stride
 
     def count(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -237,9 +284,13 @@ class DilatedSegments(Pattern):
         assert isinstance(total, Tensor)  # there is at least one branch
         return total * (key <= query) if self.causal else total
 
+    def looks_ahead(self) -> bool:
+        return not self.causal
+
     def check_fits(self, batch: int, heads: int, tokens: int, device: torch.device) -> None:
-        if self.heads != heads:
-            raise ValueError(f"DilatedSegments was made for {self.heads} heads but q has {heads}; they must be equal")
+        own = self.heads if self.part is None else self.part[1] - self.part[0]
+        if own != heads:
+            raise ValueError(f"DilatedSegments was made for {own} heads but q has {heads}; they must be equal")
 
 
 @dataclass(frozen=True)
@@ -288,6 +339,9 @@ class Union(Pattern):
 
     def shift_invariant(self) -> bool:
         return all(part.shift_invariant() for part in self.parts)
+
+    def looks_ahead(self) -> bool:
+        return any(part.looks_ahead() for part in self.parts)
 
     def check_fits(self, batch: int, heads: int, tokens: int, device: torch.device) -> None:
         for part in self.parts:

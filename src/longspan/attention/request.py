@@ -15,6 +15,22 @@ from torch import Tensor
 from longspan.attention.patterns import Pattern
 
 
+class DistanceBias(NamedTuple):
+    """What is added to each score, by head and by the distance between query and key.
+
+    values: [H, R], of a key that stands r - `ahead` tokens before its query: column `ahead` is the query itself, those
+    to its left are keys that follow the query. A key further away takes the value at that end.
+    Buckets as T5's are a table with one column per distance up to the largest bucket; ALiBi is `-slope * distance`.
+    """
+
+    values: Tensor
+    ahead: int = 0
+
+    def at(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """The bias of a score. The indices broadcast."""
+        return self.values[head, (query - key + self.ahead).clamp(0, self.values.shape[1] - 1)]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
     """The inputs of one attention call. Padded rows of q, k and v may hold anything.
@@ -31,6 +47,7 @@ class Request:
     scale: float
     dropout: float
     return_lse: bool
+    bias: DistanceBias | None = None  # in float32 or wider
 
     @property
     def device(self) -> torch.device:
@@ -42,7 +59,8 @@ class Request:
 
     @property
     def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v))
+        inputs = (self.q, self.k, self.v) if self.bias is None else (self.q, self.k, self.v, self.bias.values)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
     def without_padding(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v with zeros in padded rows: what stands there, NaN included, must not reach any sum."""
@@ -62,20 +80,27 @@ class Request:
 
     def dense_count(self) -> Tensor:
         """How often each key enters the softmax of each query: broadcasts to [B, H, M, N]. Padding counts 0."""
-        batch, heads, queries, _ = self.q.shape
-        tokens = self.k.shape[2]
-        positions = self.query_positions
-        if positions is None:
-            positions = torch.arange(queries, device=self.device)
-        count = self.pattern.count(
-            torch.arange(batch, device=self.device).view(-1, 1, 1, 1),
-            torch.arange(heads, device=self.device).view(1, -1, 1, 1),
-            positions[..., None] if positions.ndim == 1 else positions[:, None, :, None],
-            torch.arange(tokens, device=self.device).view(1, 1, 1, -1),
-        )
+        count = self.pattern.count(*self._indices())
         if self.token_mask is None:
             return count
         return count * self.token_mask[:, None, None, :] * self.query_is_token()[:, None, :, None]
+
+    def dense_bias(self) -> Tensor | None:
+        """What `bias` adds to each score: broadcasts to [B, H, M, N]."""
+        return None if self.bias is None else self.bias.at(*self._indices()[1:])
+
+    def _indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Batch row, head, query and key of each score; they broadcast to [B, H, M, N]."""
+        batch, heads, queries, _ = self.q.shape
+        positions = self.query_positions
+        if positions is None:
+            positions = torch.arange(queries, device=self.device)
+        return (
+            torch.arange(batch, device=self.device).view(-1, 1, 1, 1),
+            torch.arange(heads, device=self.device).view(1, -1, 1, 1),
+            positions[..., None] if positions.ndim == 1 else positions[:, None, :, None],
+            torch.arange(self.k.shape[2], device=self.device).view(1, 1, 1, -1),
+        )
 
 
 def never(request: Request) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.attention import SlidingWindow, attend
+from longspan.attention import DilatedSegments, SlidingWindow, attend
 from longspan.bench import peers
 from longspan.bench.measure import Prepared, System
 from longspan.bench.peers import Attend
@@ -92,7 +92,7 @@ class AttentionCase:
 
     def systems(self) -> list[System]:
         systems = [self._system(NATIVE, ours=True), *(self._system(peer) for peer in PEERS)]
-        return systems if self.backward else [*systems, self._gemm()]
+        return systems if self.backward else [*systems, gemm_system(self.precision, self.gemm)]
 
     def _system(self, peer: Peer, *, ours: bool = False) -> System:
         left_out = peer.forward_only if self.backward else None
@@ -125,27 +125,90 @@ class AttentionCase:
         leaves = [part.detach().requires_grad_() for part in (q, k, v)]
         return Prepared(partial(_forward_backward, run, leaves, grad), lambda outputs: outputs, note)
 
-    def _gemm(self) -> System:
-        """A linear layer with its weight laid out for oneDNN beforehand: the practical peak of this machine."""
-        rows, inputs, outputs = self.gemm
+
+@dataclass(frozen=True, kw_only=True)
+class DilatedCase:
+    """LongNet's attention forward over one row. The yardstick is oneDNN's matrix product."""
+
+    precision: str
+    tokens: int = 16384
+    heads: int = 16
+    width: int = 64
+    branches: tuple[tuple[int, int], ...] = ((2048, 1), (4096, 2), (8192, 4), (16384, 8))
+    gemm: tuple[int, int, int] = (4096, 1024, 1024)
+
+    @property
+    def name(self) -> str:
+        return f"LongNet attention, {self.tokens:,} tokens, {self.precision}"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"batch": 1, **asdict(self)}
+
+    @property
+    def reference(self) -> str:
+        return "float64"
+
+    @property
+    def flops(self) -> float:
+        """A token that a branch keeps meets the tokens that it keeps of the same segment."""
+        keys = sum(length / stride**2 for length, stride in self.branches)
+        return 4.0 * self.heads * self.tokens * keys * self.width
+
+    def expected(self) -> tuple[Tensor, ...]:
+        return (exact_dilated(*self._tensors(), self._pattern()),)
+
+    def systems(self) -> list[System]:
+        names = {"native": "longspan native", "segments": "longspan segments (PyTorch)"}
+        systems = [
+            System(
+                name=name,
+                precision=self.precision,
+                prepare=partial(self._prepare, backend),
+                tolerance=TOLERANCE[self.precision, False],
+                ours=backend == "native",
+                flops=self.flops,
+            )
+            for backend, name in names.items()
+        ]
+        return [*systems, gemm_system(self.precision, self.gemm)]
+
+    def _pattern(self) -> DilatedSegments:
+        return DilatedSegments(self.branches, heads=self.heads)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [1, H, N, D], as a fused projection gives them."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(rows, inputs, generator=generator).to(DTYPES[self.precision])
-        weight = torch.randn(outputs, inputs, generator=generator).to(DTYPES[self.precision])
+        shape = (1, self.tokens, 3, self.heads, self.width)
+        q, k, v = torch.randn(shape, generator=generator).to(DTYPES[self.precision]).permute(2, 0, 3, 1, 4).unbind()
+        return q, k, v
 
-        def prepare() -> Prepared:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-            run = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
-            return Prepared(torch.inference_mode()(run), lambda out: (out,))
+    def _prepare(self, backend: str) -> Prepared:
+        run = partial(attend, pattern=self._pattern(), backend=backend)
+        return Prepared(partial(_forward, run, *self._tensors()), lambda out: (out,))
 
-        return System(
-            name=GEMM,
-            precision=self.precision,
-            prepare=prepare,
-            tolerance=TOLERANCE[self.precision, False],
-            flops=2.0 * rows * inputs * outputs,
-            yardstick=True,
-            expected=lambda: (x.double() @ weight.double().T,),
-        )
+
+def gemm_system(precision: str, gemm: tuple[int, int, int]) -> System:
+    """A linear layer with its weight laid out for oneDNN beforehand: the practical peak of this machine."""
+    rows, inputs, outputs = gemm
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator).to(DTYPES[precision])
+    weight = torch.randn(outputs, inputs, generator=generator).to(DTYPES[precision])
+
+    def prepare() -> Prepared:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        run = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+        return Prepared(torch.inference_mode()(run), lambda out: (out,))
+
+    return System(
+        name=GEMM,
+        precision=precision,
+        prepare=prepare,
+        tolerance=TOLERANCE[precision, False],
+        flops=2.0 * rows * inputs * outputs,
+        yardstick=True,
+        expected=lambda: (x.double() @ weight.double().T,),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +260,7 @@ class MemoryCase:
 
     def _too_large(self) -> str | None:
         """Peers that keep N x window scores hold about five such buffers at once; half of the free memory may go."""
-        needed, free = 5 * self.shape["fp32_scores_mib"], _available_mib()
+        needed, free = 5 * self.shape["fp32_scores_mib"], available_mib()
         return f"would need about {needed / 1024:.0f} GiB" if free is not None and needed > free / 2 else None
 
     def _prepare(self, peer: Peer, precision: str, backward: bool) -> Prepared:
@@ -230,6 +293,25 @@ def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, window: int) -> 
     return tuple(torch.stack(parts)[None] for parts in zip(*heads, strict=True))
 
 
+def exact_dilated(q: Tensor, k: Tensor, v: Tensor, pattern: DilatedSegments) -> Tensor:
+    """out [1, H, N, D] in float64: each segment of each branch dense, mixed by the sums of their softmaxes."""
+    batch, heads, tokens, width = q.shape
+    out, lse = q.new_zeros(q.shape, dtype=torch.float64), q.new_full((batch, heads, tokens, 1), -torch.inf).double()
+    for head in range(heads):
+        for length, stride in pattern.branches:
+            for start in range(0, tokens, length):
+                kept = slice(start + pattern.offset(head, stride), min(tokens, start + length), stride)
+                queries, keys, values = (part[:, head, kept].double() for part in (q, k, v))
+                scores = queries @ keys.mT * width**-0.5
+                if pattern.causal:
+                    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+                before, own = lse[:, head, kept], scores.logsumexp(-1, keepdim=True)
+                total = torch.logaddexp(before, own)
+                mixed = out[:, head, kept] * (before - total).exp() + scores.softmax(-1) @ values * (own - total).exp()
+                out[:, head, kept], lse[:, head, kept] = mixed, total
+    return out
+
+
 def _forward(run: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.inference_mode():
         return run(q, k, v)
@@ -240,7 +322,8 @@ def _forward_backward(run: Attend, leaves: list[Tensor], grad: Tensor) -> tuple[
     return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
 
-def _available_mib() -> float | None:
+def available_mib() -> float | None:
+    """Memory that is free for new work; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:

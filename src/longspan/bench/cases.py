@@ -1,12 +1,13 @@
-"""The three benchmarks: which cases, and which of the project's goals they decide."""
+"""The benchmarks: which cases, and which of the project's goals they decide."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from longspan.bench.attention import AttentionCase, MemoryCase
+from longspan.bench.attention import AttentionCase, DilatedCase, MemoryCase
+from longspan.bench.character import BANDED, LOCAL, CharacterCase
 from longspan.bench.encoders import (
     DENSE,
     PRECISIONS,
@@ -19,6 +20,8 @@ from longspan.bench.encoders import (
     RaggedCase,
 )
 from longspan.bench.measure import Row
+from longspan.bench.scaling import DENSE as DENSE_SDPA
+from longspan.bench.scaling import OURS, case_name, per_token
 
 # Lengths of documents in one batch: from a page to the longest that Longformer reads, evenly spread.
 RAGGED = (200, 757, 1313, 1870, 2427, 2983, 3540, 4096)
@@ -84,6 +87,22 @@ def dense_cases(*, batches: Sequence[int], tokens: Sequence[int], quick: bool) -
     return [DenseCase(model=model, batch=batch, tokens=length) for batch in batches for length in tokens]
 
 
+def dilated_cases(*, precisions: Sequence[str], quick: bool) -> list[DilatedCase]:
+    small: dict[str, Any] = {
+        "tokens": 256,
+        "heads": 2,
+        "width": 16,
+        "branches": ((64, 1), (128, 2)),
+        "gemm": (64, 64, 64),
+    }
+    return [DilatedCase(precision=precision, **(small if quick else {})) for precision in precisions]
+
+
+def character_cases(*, precisions: Sequence[str], quick: bool) -> list[CharacterCase]:
+    small: dict[str, Any] = {"batch": 1, "tokens": 64, "tiny": True} if quick else {}
+    return [CharacterCase(precision=precision, **small) for precision in precisions]
+
+
 class Goal(NamedTuple):
     """What the project wants to reach. find: the figure among a benchmark's rows, None where it was not measured.
 
@@ -109,7 +128,7 @@ def reached(topic: str, rows: list[Row]) -> list[dict[str, Any]]:
                     "what": goal.what,
                     "reach": goal.reach,
                     "at_most": goal.at_most,
-                    "measured": float(f"{value:.4g}"),
+                    "measured": value if value == int(value) else float(f"{value:.4g}"),
                     "unit": goal.unit,
                     "met": met,
                 }
@@ -175,6 +194,38 @@ def _over_scores(rows: list[Row]) -> float | None:
     return None if row is None or row.peak_mib is None else row.peak_mib / row.shape["fp32_scores_mib"]
 
 
+def _scaling_goals(layer: str, backward: bool, precision: str) -> Iterator[Goal]:
+    """What a layer should reach: as cheap per token at a million as at 32 thousand, and soon cheaper than dense."""
+    name = f"{layer} layer, forward{' and backward' if backward else ''}, {precision}"
+
+    def at(rows: list[Row], tokens: int, system: str = OURS) -> Row | None:
+        row = _row(rows, case_name(layer, backward, tokens), system, precision)
+        return None if row is None or row.median_ms is None else row
+
+    def growth(rows: list[Row], which: int) -> float | None:
+        short, long = at(rows, 2**15), at(rows, 2**20)
+        return None if short is None or long is None else per_token(long)[which] / per_token(short)[which]
+
+    def lengths(rows: list[Row]) -> list[int]:
+        return [2**power for power in range(30) if at(rows, 2**power)]
+
+    def faster_from(rows: list[Row]) -> float | None:
+        found = None
+        for tokens in reversed(lengths(rows)):
+            ours, dense = at(rows, tokens), at(rows, tokens, DENSE_SDPA)
+            if ours is None or dense is None:
+                continue
+            if (ours.median_ms or 0) >= (dense.median_ms or 0):
+                break
+            found = tokens
+        return found
+
+    yield Goal(f"{name}: longest", 2**20, lambda rows: max(lengths(rows), default=None), " tokens")
+    yield Goal(f"{name}: time per token at 1,048,576 over 32,768", 1.1, lambda rows: growth(rows, 0), at_most=True)
+    yield Goal(f"{name}: memory per token at 1,048,576 over 32,768", 1.1, lambda rows: growth(rows, 1), at_most=True)
+    yield Goal(f"{name}: faster than dense SDPA from", 2048, faster_from, " tokens", at_most=True)
+
+
 NATIVE_FP32 = ("longspan native", "fp32")
 LARGE = "batch 1, 4,096 tokens"
 GOALS: dict[str, tuple[Goal, ...]] = {
@@ -214,6 +265,33 @@ GOALS: dict[str, tuple[Goal, ...]] = {
         Goal("forward and backward bf16 over the best PyTorch path", 5, _over_best_peer("forward and backward, bf16")),
         Goal("memory at 262,144 tokens over that at 65,536", 4.4, _growth, at_most=True),
         Goal("memory at 262,144 tokens over one N x window buffer", 0.25, _over_scores, "", at_most=True),
+    ),
+    "bench-scaling": (
+        *(
+            goal
+            for layer in ("LongNet", "Longformer")
+            for backward in (False, True)
+            for precision in ("fp32", "bf16")
+            for goal in _scaling_goals(layer, backward, precision)
+        ),
+        *(
+            Goal(
+                f"LongNet attention, 16,384 tokens, {precision}: share of oneDNN's rate",
+                0.7,
+                _field("share_of_gemm", f"LongNet attention, 16,384 tokens, {precision}", "longspan native", precision),
+                "",
+            )
+            for precision in ("fp32", "bf16")
+        ),
+        *(
+            Goal(
+                f"training the character model, {precision}: over {other}",
+                2,
+                _speedup(CharacterCase(precision=precision).name, precision, f"{other} {precision}"),
+            )
+            for precision in ("fp32", "bf16")
+            for other in (LOCAL, BANDED)
+        ),
     ),
     "bench-dense": (
         Goal("512 tokens, our best over the best peer", 2, _over_best_peer("batch 1, 512 tokens")),

@@ -22,6 +22,7 @@ from torch import Tensor
 BURST_SECONDS = 0.05  # a quicker call is made again and again for this long, so that a turn starts with warm caches
 SETTLE_SECONDS = 0.005  # between two systems: threads that wait for more work by spinning get time to fall asleep
 MOST_CALLS = 200
+CLEAR_REFS = Path("/proc/self/clear_refs")
 PATIENCE_SECONDS = 60  # after which two rounds have to do
 
 Status = Literal["ok", "failed tolerance", "missing", "cannot run", "left out"]
@@ -151,7 +152,7 @@ def measure(
     tell(f"{case.name}: {len(ready)} systems in turns")
     times = time_in_turns([prepared.run for _, prepared in ready.values()], seconds=seconds, rounds=rounds)
     for (index, (system, _)), taken in zip(ready.items(), times, strict=True):
-        _fill_times(rows[index], system, taken)
+        fill_times(rows[index], system.flops, taken)
     compare(rows, [system for system, _ in ready.values() if system.yardstick])
     if memory:
         for index in ready:
@@ -232,14 +233,15 @@ def _burst(run: Callable[[], Any]) -> list[float]:
     return taken[1:] or taken
 
 
-def _fill_times(row: Row, system: System, taken: list[float]) -> None:
+def fill_times(row: Row, flops: float | None, taken: list[float]) -> None:
+    """The median and its spread of seconds that calls took, and their rate."""
     low, middle, high = torch.tensor(taken, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
     row.calls = len(taken)
     row.p20_ms, row.median_ms, row.p80_ms = (float(f"{1e3 * float(value):.4g}") for value in (low, middle, high))
-    if system.flops is not None:
-        row.gflops = float(f"{system.flops / float(middle) / 1e9:.4g}")
+    if flops is not None:
+        row.gflops = float(f"{flops / float(middle) / 1e9:.4g}")
 
 
 def compare(rows: list[Row], yardsticks: list[System]) -> None:
@@ -286,7 +288,7 @@ def measure_memory(case: Case, *, tell: Callable[[str], None] = lambda step: Non
 
 def peak_mib(case: Case, name: str, precision: str) -> float | None:
     """By how many MiB the resident memory of a fresh process grows at most during one call; None where /proc is not."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not CLEAR_REFS.exists():
         return None
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_mib, case, name, precision, torch.get_num_threads()).result()
@@ -297,14 +299,22 @@ def _peak_mib(case: Case, name: str, precision: str, threads: int) -> float:
     system = next(system for system in case.systems() if (system.name, system.precision) == (name, precision))
     prepared = system.prepare()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here: proc(5)
-    before = _status_mib("VmRSS")
+    reset_peak()
+    before = status_mib("VmRSS")
     result = prepared.run()
-    peak = _status_mib("VmHWM")
+    peak = status_mib("VmHWM")
     del result
     return round(peak - before, 1)
 
 
-def _status_mib(name: str) -> float:
+def reset_peak() -> bool:
+    """Let the peak of this process's resident memory start anew; False where the system cannot."""
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")  # proc(5)
+    return CLEAR_REFS.exists()
+
+
+def status_mib(name: str) -> float:
+    """A figure of this process's memory: VmRSS now, VmHWM at most."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) / 1024

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longspan import __version__
-from longspan.cli import answer, bench, convert, distill, evaluate, export, prune, quantize, recipe, train
+from longspan.cli import answer, bench, convert, distill, evaluate, export, generate, prune, quantize, recipe, train
 
 
 class _Commands(TyperGroup):
@@ -56,6 +56,7 @@ def _options(
 app.command("answer")(answer.answer)
 app.command("convert")(convert.convert)
 app.command("distill")(distill.distill)
+app.command("generate")(generate.generate)
 app.command("prune")(prune.prune)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)

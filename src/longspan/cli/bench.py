@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -38,6 +39,13 @@ class Shape(str, Enum):
     large = "large"
     base = "base"
     modernbert = "modernbert"
+
+
+class Precision(str, Enum):
+    """Of inputs, weights and outputs."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 @app.callback()
@@ -101,24 +109,91 @@ def dense(
     _run(context, "dense", cases, memory=memory)
 
 
-def _run(context: typer.Context, name: str, cases: Sequence[Case], **options: Any) -> None:
-    """What the three commands have in common; the options that they share are read from the context."""
-    import torch
+@app.command()
+def scaling(
+    context: typer.Context,
+    max_tokens: Annotated[int, typer.Option(min=256, help="Longest row of tokens that is tried.")] = 2**26,
+    memory_gib: Annotated[float, typer.Option(min=0, help="Rows that would need more memory are left out.")] = 20,
+    precision: Annotated[list[Precision] | None, typer.Option(help="fp32 or bf16; may be repeated.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with today's result file, or the one of --out.")
+    ] = False,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long a length is measured again and again.")] = 2,
+    quick: Quick = False,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """LongNet and Longformer layers from 256 tokens to as many as fit in memory, against dense SDPA.
 
+    Also LongNet's attention beside the machine's matrix products, and training steps of the character model. Writes the
+    result after each length, and a plot beside it.
+    """
+    from longspan.bench import results
+    from longspan.bench.cases import character_cases, dilated_cases
+    from longspan.bench.run import run_scaling
+    from longspan.bench.scaling import LAYERS, TINY_LAYERS, draw
+
+    _prepare(context)
+    precisions = [one.value for one in precision or Precision]
+    topic = "bench-scaling-quick" if quick else "bench-scaling"
+    path = out or (None if as_json and not resume else results.default_path(results.document(topic, "", [], [])))
+    earlier = None
+    if resume and path is not None and path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    result = _with_progress(
+        lambda tell: run_scaling(
+            _typed(context),
+            layers=TINY_LAYERS if quick else LAYERS,
+            cases=[
+                *dilated_cases(precisions=precisions, quick=quick),
+                *character_cases(precisions=precisions, quick=quick),
+            ],
+            precisions=precisions,
+            seconds=0 if quick else seconds,
+            quick=quick,
+            max_tokens=min(max_tokens, 1024) if quick else max_tokens,
+            memory_gib=memory_gib,
+            earlier=earlier,
+            tell=tell,
+            save=lambda part: None if path is None else results.write(part, path),
+        )
+    )
+    _show(result, path, as_json=as_json)
+    if path is not None:
+        picture = path.with_suffix(".png")
+        draw(result["rows"], picture)
+        typer.echo(f"wrote {picture}", err=True)
+
+
+def _run(context: typer.Context, name: str, cases: Sequence[Case], **options: Any) -> None:
+    """What the benchmarks of cases have in common; the options that they share are read from the context."""
     from longspan.bench import results
     from longspan.bench.run import run
 
-    quiet_transformers()
+    _prepare(context)
     asked = context.params
-    if asked["threads"] is not None:
-        torch.set_num_threads(asked["threads"])
     options |= {"quick": asked["quick"], "seconds": 0 if asked["quick"] else asked["seconds"]}
     result = _with_progress(lambda tell: run(f"bench-{name}", _typed(context), cases, tell=tell, **options))
-    if asked["as_json"]:
+    path = asked["out"] or (None if asked["as_json"] else results.default_path(result))
+    _show(result, path, as_json=asked["as_json"])
+
+
+def _prepare(context: typer.Context) -> None:
+    import torch
+
+    quiet_transformers()
+    if context.params["threads"] is not None:
+        torch.set_num_threads(context.params["threads"])
+
+
+def _show(result: dict[str, Any], path: Path | None, *, as_json: bool) -> None:
+    from longspan.bench import results
+
+    if as_json:
         typer.echo(results.to_json(result), nl=False)
     else:
         _print_table(result)
-    path = asked["out"] or (None if asked["as_json"] else results.default_path(result))
     if path is not None:
         results.write(result, path)
         typer.echo(f"wrote {path}", err=True)
@@ -150,7 +225,7 @@ def _typed(context: typer.Context) -> str:
     for option in context.command.params:
         name = option.name or ""
         source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in ("out", "as_json"):
+        if source is None or source.name != "COMMANDLINE" or name in ("out", "as_json", "resume"):
             continue
         given = context.params[name]
         for part in given if isinstance(given, list) else [given]:

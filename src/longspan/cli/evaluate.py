@@ -140,6 +140,58 @@ def task(
     _print_table({"title": title, "rows": [_shown(row, first) for row in found]})
 
 
+@app.command()
+def lm(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or hub name of a language model.")],
+    data: Annotated[Path, typer.Option(help="Text file or folder, split as `longspan train lm` splits it.")],
+    split: Annotated[str, typer.Option(help="Part of the text: test, dev, train or all.")] = "test",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 32_256,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens from window to window, and scored in each.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Windows in a seeded sample. Default: all.")] = None,
+    references: Annotated[
+        bool, typer.Option("--references", help="What gzip, xz and PPMd make of the same text, beside it.")
+    ] = False,
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute in bfloat16. Default: where the processor has instructions for it.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the sample of --limit.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure the bits per character of a language model, over windows that overlap."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from dataclasses import asdict
+
+    from longspan.tasks.language import bits_per_character, compressors, load_language_model
+    from longspan.training.texts import find_texts
+    from longspan.training.token_files import encode_texts
+
+    quiet_transformers()
+    texts = find_texts(data)
+    loaded, tokenizer = load_language_model(model)
+    tokens, units = encode_texts(texts, split, tokenizer)
+    if not as_json:
+        typer.echo(f"{split} of {texts.name} ({texts.about}): {len(tokens):,} tokens", err=True)
+    score = bits_per_character(
+        loaded, tokenizer, tokens, length=length, stride=stride, limit=limit, bf16=bf16, seed=seed
+    )
+    others = compressors(texts.read(split), units=units) if references else []
+    if as_json:
+        rows = [asdict(other) for other in others]
+        typer.echo(json.dumps({"model": model, "split": split, **asdict(score), "references": rows}, indent=2))
+        return
+    typer.echo(
+        f"{score.bits:.4f} bits per {score.unit}: {score.windows:,} of {score.all_windows:,} windows of {length:,} "
+        f"tokens, stride {stride:,}, {score.tokens:,} tokens scored; {score.first_window}; "
+        f"{score.tokens_per_second:,.0f} tokens read a second"
+    )
+    for other in others:
+        typer.echo(f"{other.name}: {other.note if other.bits is None else f'{other.bits:.4f}'}")
+
+
 def _shown(row: Any, first: Any) -> dict[str, Any]:
     """A measurement's columns; the speed-up is over the first engine's."""
     cost = {} if row.cost_per_million is None else {"cost_per_million": row.cost_per_million}

@@ -1,10 +1,11 @@
-"""`longspan train`: fine-tuning on a task, and the training run that made the reader that longspan ships."""
+"""`longspan train`: fine-tuning on a task, language models, and the run that made the reader that longspan ships."""
 
 from __future__ import annotations
 
 import os
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -128,3 +129,163 @@ def task(
             typer.echo(f"{split}: " + ", ".join(f"{figure} {value:.4f}" for figure, value in figures.items()))
     if done.predictions is not None:
         typer.echo(f"wrote {done.predictions}")
+
+
+class Tokenization(str, Enum):
+    """What a token is."""
+
+    character = "character"
+    byte = "byte"
+    bpe = "bpe"
+
+
+@app.command()
+def lm(
+    recipe: Annotated[str, typer.Option(help="longformer-tiny, longformer-small, longformer-large or longnet-tiny.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="text8, enwik8, another text file, or a folder of .txt files (train, dev, test, or any)."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Directory for checkpoints and the model; a run found there goes on. Default: RECIPE-DATA."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Folder of token files, which runs may share. Default: OUTPUT-tokens.")
+    ] = None,
+    tokenizer: Annotated[
+        Tokenization | None, typer.Option(help="What a token is. Default: a byte for enwik8, else a character.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(min=257, help="Of --tokenizer bpe.")] = 8192,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps altogether; each phase keeps its share. Default: the recipe's.")
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(min=1, help="Batches that a step is computed in, to save memory. Default: the recipe's."),
+    ] = None,
+    evaluate_steps: Annotated[int, typer.Option(min=1, help="Steps between readings of dev.")] = 500,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    log_steps: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 20,
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute in bfloat16. Default: where the processor has instructions for it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the schedule and its cost, and stop.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Decides the weights to begin with, the order and every random choice.")
+    ] = 0,
+) -> None:
+    """Train a language model by a recipe, phase by phase."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from longspan.recipes.language_models import recipe_of
+    from longspan.training.language import LanguageTraining, cost_lines, train_language_model
+    from longspan.training.texts import find_texts
+    from longspan.training.token_files import make_token_files
+
+    quiet_transformers()
+    chosen = recipe_of(recipe)
+    texts = find_texts(data)
+    output = output or Path(f"{recipe}-{texts.name.removesuffix('.txt')}")
+    kind = tokenizer.value if tokenizer else "byte" if texts.name == "enwik8" else "character"
+    curriculum = chosen.curriculum if steps is None else chosen.curriculum.in_steps(steps)
+    if dry_run:
+        torch.manual_seed(seed)
+        vocabulary = {"byte": 256, "bpe": vocab_size}.get(kind, 27)
+        for line in cost_lines(curriculum, chosen.model(vocabulary)):
+            typer.echo(line)
+        return
+    made = make_token_files(
+        texts, tokens or output.with_name(f"{output.name}-tokens"), kind, vocab_size=vocab_size, tell=_tell
+    )
+    settings: dict[str, Any] = chosen.settings | ({} if accumulate is None else {"accumulate": accumulate})
+    config = LanguageTraining(
+        output=str(output),
+        curriculum=curriculum,
+        evaluate_steps=evaluate_steps,
+        save_steps=save_steps,
+        log_steps=log_steps,
+        bf16=bf16,
+        seed=seed,
+        **settings,
+    )
+    torch.manual_seed(seed)  # a run that goes on begins with the same weights
+    done = train_language_model(chosen.model(len(made.tokenizer)), made, config, tell=_tell)
+    _report_language_model(done)
+
+
+@app.command()
+def mlm(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Masked language model, such as `longspan convert` made long.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Directory for checkpoints and the model; a run found there goes on.")
+    ],
+    data: Annotated[Path, typer.Option(help="A text file, or a folder of .txt files (train, dev, test, or any).")],
+    tokens: Annotated[
+        Path | None, typer.Option(help="Folder of token files, which runs may share. Default: OUT-tokens.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=3, help="Tokens of a row. Default: what MODEL reads, at most 4,096.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3000,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 64,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches that a step is computed in, to save memory.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="The highest; it rises first and falls then to 0.")] = 3e-5,
+    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Default: 500, at most a tenth of the steps.")] = None,
+    masked: Annotated[float, typer.Option(help="Share of the tokens that is hidden.")] = 0.15,
+    evaluate_steps: Annotated[int, typer.Option(min=1, help="Steps between readings of dev.")] = 500,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    log_steps: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 20,
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute in bfloat16. Default: where the processor has instructions for it.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the order, what is hidden and every random choice.")] = 0,
+) -> None:
+    """Go on with masked language modeling at a model's new length; its global projections follow its local ones."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from longspan.training.masked import MaskedTraining, train_masked
+
+    quiet_transformers()
+    config = MaskedTraining(
+        source=model,
+        data=str(data),
+        output=str(out),
+        tokens=None if tokens is None else str(tokens),
+        length=length,
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        masked=masked,
+        evaluate_steps=evaluate_steps,
+        save_steps=save_steps,
+        log_steps=log_steps,
+        bf16=bf16,
+        seed=seed,
+    )
+    _report_language_model(train_masked(config, tell=_tell))
+
+
+def _tell(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
+        typer.echo(line, err=True)
+
+
+def _report_language_model(done: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    typer.echo(
+        f"wrote {done.model}: {done.bits:.4f} bits per {done.unit} on dev, after {done.tokens / 1e6:,.1f} M tokens at "
+        f"{done.tokens_per_second:,.0f} tokens/s, {done.peak_memory_gib:.2f} GiB at most"
+    )
+    typer.echo(f"wrote {done.model.parent / 'curves.png'}")

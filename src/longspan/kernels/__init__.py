@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch  # first: the kernels then share the threads of its OpenMP runtime, which torch.set_num_threads governs
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 FILE_NAME = "liblongspan_kernels.so"
+BIAS_MARGIN = 16  # LONGSPAN_BIAS_MARGIN
 HUGE_PAGE = 1 << 21  # bytes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # longspan_dtype
@@ -26,7 +27,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # longspan_dtype
 # longspan_lane: numbers of 64 bits all of them, so that a table of lanes is Int[L, fields]. An address of 0 is null.
 LANE_FIELDS = (
     *("q", "k", "v", "out", "lse", "queries", "keys", "before", "after", "dilation", "positions"),
-    *("query_mask", "key_mask", "extra", "extras", "extra_causal", "grad_out", "delta", "grad_q", "grad_k", "grad_v"),
+    *("query_mask", "key_mask", "extra", "extras", "extra_causal"),
+    *(f"{bias}{field}" for bias in ("bias", "extra_bias") for field in ("", "_gradient", "_first", "_count")),
+    *("grad_out", "delta", "grad_q", "grad_k", "grad_v"),
 )
 
 

@@ -1,8 +1,8 @@
 """FastFormers' recipe (arXiv 2010.13382, table 3) on film reviews: a large classifier made cheap, row by row.
 
 The teacher is fine-tuned; small students learn from the labels, then from its logits; heads and feed-forward units are
-cut and what is left learns again; the engine computes in 8 bits. Every step is kept in a folder of its own, and a killed
-recipe goes on.
+cut and what is left learns again; the engine computes in 8 bits. Every step is kept in a folder of its own, and a
+killed recipe goes on.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
 
     q, k, v = request.without_padding()
     options = {
-        "score_mod": _add_log_count(request) if request.pattern.repeats else None,
+        "score_mod": _score_mod(request),
         "block_mask": _block_mask(request),
         "scale": request.scale,
         "return_aux": AuxRequest(lse=True) if request.return_lse else None,
@@ -58,14 +58,24 @@ def run(request: Request) -> tuple[Tensor, Tensor | None]:
     return out, aux.lse
 
 
+def _position(request: Request) -> Callable[[Tensor, Tensor], Tensor]:
+    """Where a row of q stands."""
+    positions = request.query_positions
+
+    def position(batch: Tensor, row: Tensor) -> Tensor:
+        if positions is None:
+            return row
+        return positions[row] if positions.ndim == 1 else positions[batch, row]
+
+    return position
+
+
 def _count(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The pattern's count by row of q instead of position; padding counts 0."""
-    pattern, token_mask, positions = request.pattern, request.token_mask, request.query_positions
+    pattern, token_mask, position = request.pattern, request.token_mask, _position(request)
 
     def count(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        query = row
-        if positions is not None:
-            query = positions[row] if positions.ndim == 1 else positions[batch, row]
+        query = position(batch, row)
         number = pattern.count(batch, head, query, key)
         if token_mask is not None:
             number = number * (token_mask[batch, key] & token_mask[batch, query])
@@ -74,13 +84,21 @@ def _count(request: Request) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
     return count
 
 
-def _add_log_count(request: Request) -> Callable[..., Tensor]:
-    count = _count(request)
+def _score_mod(request: Request) -> Callable[..., Tensor] | None:
+    """What changes a score: the log of its count where that may exceed 1, and the bias."""
+    bias, repeats = request.bias, request.pattern.repeats
+    if bias is None and not repeats:
+        return None
+    count, position = _count(request), _position(request)
 
-    def add_log_count(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return score + count(batch, head, row, key).to(score.dtype).log()
+    def change(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        if repeats:
+            score = score + count(batch, head, row, key).to(score.dtype).log()
+        if bias is not None:
+            score = score + bias.at(head, position(batch, row), key).to(score.dtype)
+        return score
 
-    return add_log_count
+    return change
 
 
 def _block_mask(request: Request) -> BlockMask:

@@ -9,6 +9,7 @@ the other in the single row of a batch; then `offsets` says where each begins an
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.patterns import DilatedSegments, Full, GlobalKeys, Pattern, SlidingWindow, Union
-from longspan.kernels import DTYPES, LANE_FIELDS, AttentionCall
+from longspan.kernels import BIAS_MARGIN, DTYPES, LANE_FIELDS, AttentionCall
 
 Offsets = tuple[int, ...] | None
 
@@ -35,9 +36,7 @@ class Split(NamedTuple):
 
     @property
     def looks_back_only(self) -> bool:
-        if isinstance(self.near, SlidingWindow):
-            return self.near.after == 0
-        return self.near is None or _is_causal(self.near)
+        return self.near is None or not self.near.looks_ahead()
 
 
 def split(pattern: Pattern) -> Split | str:
@@ -102,14 +101,53 @@ class Call(NamedTuple):
     settings: AttentionCall
     lanes: np.ndarray  # Int[L, fields]: longspan_lane; instead of an address, its distance from where the tensor begins
     sequences: np.ndarray  # Int[L]
+    heads: np.ndarray  # Int[L]
 
-    def table(self, addresses: np.ndarray, extra: ExtraKeys | None) -> np.ndarray:
-        """The lanes as the kernels take them. addresses: Int[fields], where the tensors begin."""
+    def table(
+        self, addresses: np.ndarray, extra: ExtraKeys | None, biases: Sequence[tuple[str, BiasTable]] = ()
+    ) -> np.ndarray:
+        """The lanes as the kernels take them. addresses: Int[fields], where the tensors begin.
+
+        biases: by field, tables that serve some of the lanes; later ones take precedence.
+        """
         table = self.lanes + addresses
+        for field, bias in biases:
+            bias.enter(table, field, self.heads)
         if extra is not None:
             table[:, FIELD["extra"]] = extra.starts[self.sequences] * 8 + extra.positions.ctypes.data
             table[:, FIELD["extras"]] = extra.counts[self.sequences]
         return table
+
+
+class BiasTable:
+    """A DistanceBias as the kernels read it: in steps of so many tokens from query to key, with margins at both ends.
+
+    steps: Int[H], tokens of one step for each head. values: Float32[H, R].
+    """
+
+    def __init__(self, values: Tensor, ahead: int, steps: np.ndarray, gradient: bool):
+        columns = values.shape[1]
+        smallest = int(steps.min())
+        self.first = -((columns - 1 - ahead) // smallest + 1 + BIAS_MARGIN)
+        last = ahead // smallest + 1 + BIAS_MARGIN
+        places = torch.arange(self.first, last + 1)
+        by_head = ahead - places * torch.from_numpy(steps)[:, None]
+        self.columns = by_head.clamp_(0, columns - 1)  # Long[H, entries]
+        self.values = values.gather(1, self.columns)
+        self.gradient = torch.zeros_like(self.values) if gradient else None
+
+    def enter(self, table: np.ndarray, field: str, heads: np.ndarray) -> None:
+        """Write the addresses of each lane's head into the table of lanes."""
+        row = self.values.stride(0) * self.values.element_size()
+        table[:, FIELD[field]] = self.values.data_ptr() + heads * row
+        if self.gradient is not None:
+            table[:, FIELD[f"{field}_gradient"]] = self.gradient.data_ptr() + heads * row
+        table[:, FIELD[f"{field}_first"]], table[:, FIELD[f"{field}_count"]] = self.first, self.values.shape[1]
+
+    def add_to(self, gradient: Tensor) -> None:
+        """Add the gradient of the entries to that of the values, Float32[H, R]."""
+        assert self.gradient is not None
+        gradient.scatter_add_(1, self.columns, self.gradient)
 
 
 class _Lanes(NamedTuple):
@@ -117,6 +155,14 @@ class _Lanes(NamedTuple):
     sequences: np.ndarray  # Int[L]
     numbers: dict[str, int | np.ndarray]  # Int[L] or alike for all, by field
     step: int = 1  # tokens from one row of a lane to the next
+
+
+def bias_steps(near: Pattern | None, call: int, heads: int) -> np.ndarray:
+    """Int[H]: tokens from one key to the next that the kernels count as one step, in the `call`-th of `plan_calls`."""
+    if isinstance(near, DilatedSegments):
+        return np.full(heads, near.branches[call][1])
+    dilation = near.dilation if isinstance(near, SlidingWindow) else 1
+    return np.broadcast_to(np.array(dilation, np.int64), heads).copy()
 
 
 def merges(near: Pattern | None) -> bool:
@@ -162,7 +208,7 @@ def plan_calls(
         some = table[:, FIELD["queries"]] > 0
         accumulate = number > 0 if any(place.field == "out" for place in layout) else merges(near)
         settings = _settings(layout, width, scale, part.step, accumulate)
-        calls.append(Call(settings, table[some], part.sequences[some]))
+        calls.append(Call(settings, table[some], part.sequences[some], part.first[some, 1]))
     return tuple(calls)
 
 

@@ -21,9 +21,11 @@ from longspan import kernels
 from longspan.attention.backends import sdpa
 from longspan.attention.backends.lanes import (
     FIELD,
+    BiasTable,
     ExtraKeys,
     Offsets,
     Place,
+    bias_steps,
     find_extra_keys,
     merges,
     plan_calls,
@@ -38,7 +40,7 @@ from longspan.attention.patterns import (
     pattern_from_parts,
     pattern_to_parts,
 )
-from longspan.attention.request import Request
+from longspan.attention.request import DistanceBias, Request
 
 # Where nothing is hidden torch's is faster for 16 to 128 tokens, and the two meet near 256: 12 heads of width 64,
 # float32 and bfloat16, 1 thread of a busy machine. With a window they are about equal at 16 to 32 tokens, and the
@@ -73,8 +75,9 @@ def slower(request: Request) -> str | None:
 
 def run(request: Request) -> tuple[Tensor, Tensor]:
     text, tensors = pattern_to_parts(request.pattern)
-    q, k, v, scale = request.q, request.k, request.v, request.scale
-    return torch.ops.longspan.native(q, k, v, text, tensors, request.token_mask, request.query_positions, scale)
+    q, k, v, token_mask, positions = request.q, request.k, request.v, request.token_mask, request.query_positions
+    values, ahead = (None, 0) if request.bias is None else request.bias
+    return torch.ops.longspan.native(q, k, v, text, tensors, token_mask, positions, values, ahead, request.scale)
 
 
 def attend_native(
@@ -85,9 +88,14 @@ def attend_native(
     tensors: list[Tensor],
     token_mask: Tensor | None,
     query_positions: Tensor | None,
+    bias: Tensor | None,
+    ahead: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, M, D] and lse [B, H, M] for q [B, H, M, D], k, v [B, H, N, D] and a pattern in parts."""
+    """out [B, H, M, D] and lse [B, H, M] for q [B, H, M, D], k, v [B, H, N, D] and a pattern in parts.
+
+    bias, ahead: DistanceBias.
+    """
     _check_rows(q, k, v)
     q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
     seen = _look(pattern, tensors, q, k, token_mask, query_positions)
@@ -96,11 +104,11 @@ def attend_native(
     if merged:
         out.zero_()
         lse.fill_(-math.inf)
-    _compute({"q": q, "k": k, "v": v, "out": out, "lse": lse}, seen, scale)
+    _compute({"q": q, "k": k, "v": v, "out": out, "lse": lse}, seen, scale, _check_bias(bias, ahead, q))
     return narrow(out, q.dtype), lse
 
 
-def _fake_attend(q, k, v, pattern, tensors, token_mask, query_positions, scale):
+def _fake_attend(q, k, v, pattern, tensors, token_mask, query_positions, bias, ahead, scale):
     _check_devices(q, k, v)
     return empty_rows(q, q.dtype), _empty_lse(q)
 
@@ -117,9 +125,11 @@ def attend_native_backward(
     tensors: list[Tensor],
     token_mask: Tensor | None,
     query_positions: Tensor | None,
+    bias: Tensor | None,
+    ahead: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias, the last one empty where there is none."""
     _check_rows(q, k, v)
     if not grad_out.shape == out.shape == q.shape or not grad_out.dtype == out.dtype == q.dtype:
         raise ValueError(
@@ -128,7 +138,7 @@ def attend_native_backward(
         )
     q, k, v, grad_out = (with_unit_stride(tensor) for tensor in (q, k, v, grad_out))
     seen = _look(pattern, tensors, q, k, token_mask, query_positions)
-    delta = (grad_out.float() * out.float()).sum(-1)  # [B, H, M]
+    delta = _row_products(grad_out, out)
     if grad_lse is not None:
         delta -= grad_lse
     merged = merges(seen.near)
@@ -137,28 +147,41 @@ def attend_native_backward(
         for gradient in (grad_q, grad_k, grad_v):
             gradient.zero_()
     rows = {"q": q, "k": k, "v": v, "lse": lse.contiguous(), "delta": delta.contiguous(), "grad_out": grad_out}
-    _compute(rows | {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}, seen, scale)
-    return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype)
+    rows |= {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+    grad_bias = _compute(rows, seen, scale, _check_bias(bias, ahead, q))
+    return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype), grad_bias
 
 
-def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, query_positions, scale):
-    return empty_rows(q, q.dtype), empty_rows(k, q.dtype), empty_rows(v, q.dtype)
+def _row_products(grad_out: Tensor, out: Tensor) -> Tensor:
+    """The sum of grad_out * out for each row, Float32[B, H, M], some rows at a time: float32 may be twice as large."""
+    rows = max(1, 2**22 // max(1, out[:, :, :1].numel()))
+    parts = zip(grad_out.split(rows, 2), out.split(rows, 2), strict=True)
+    products = [(gradient.float() * part.float()).sum(-1) for gradient, part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, 2)
+
+
+def _fake_backward(
+    grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, query_positions, bias, ahead, scale
+):
+    grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias)
+    return empty_rows(q, q.dtype), empty_rows(k, q.dtype), empty_rows(v, q.dtype), grad_bias
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.pattern, tensors, token_mask, query_positions, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, token_mask, query_positions, *tensors)
+    q, k, v, ctx.pattern, tensors, token_mask, query_positions, bias, ctx.ahead, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, token_mask, query_positions, bias, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, token_mask, query_positions, *tensors = ctx.saved_tensors
+    q, k, v, out, lse, token_mask, query_positions, bias, *tensors = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.longspan.native_backward(
-        grad_out, grad_lse, q, k, v, out, lse, ctx.pattern, tensors, token_mask, query_positions, ctx.scale
+    *grads, grad_bias = torch.ops.longspan.native_backward(
+        *(grad_out, grad_lse, q, k, v, out, lse, ctx.pattern, tensors, token_mask, query_positions),
+        *(bias, ctx.ahead, ctx.scale),
     )
-    return *grads, None, [None] * len(tensors), None, None, None
+    return *grads, None, [None] * len(tensors), None, None, None if bias is None else grad_bias, None, None
 
 
 define("longspan::native", attend_native, _fake_attend)
@@ -330,8 +353,19 @@ def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float) -> None:
-    """Run the forward kernel, or the backward one where gradients are among the rows.
+def _check_bias(bias: Tensor | None, ahead: int, q: Tensor) -> DistanceBias | None:
+    if bias is None:
+        return None
+    if bias.dtype != torch.float32 or bias.ndim != 2 or len(bias) != q.shape[1] or not 0 <= ahead < bias.shape[1]:
+        raise ValueError(
+            f"the kernels take a bias in float32 [{q.shape[1]}, R], with the query itself at one of its columns; "
+            f"got {bias.dtype} {list(bias.shape)}, column {ahead}"
+        )
+    return DistanceBias(bias, ahead)
+
+
+def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float, bias: DistanceBias | None = None) -> Tensor:
+    """Run the forward kernel, or the backward one where gradients are among the rows. Gives the gradient of the bias.
 
     rows: by field of longspan_lane, [B, H, N, D] with adjacent numbers or [B, H, N]; packed [T, H, D] or [T, H].
     """
@@ -350,10 +384,27 @@ def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float) -> None:
     calls = plan_calls(seen.near, seen.causal_extra, shape, seen.offsets, tuple(places), width, scale)
     library = kernels.library()
     assert library is not None
-    run = library.longspan_attention_backward if "grad_q" in rows else library.longspan_attention_forward
-    for call in calls:
-        table = call.table(addresses, seen.extra)
+    backward = "grad_q" in rows
+    run = library.longspan_attention_backward if backward else library.longspan_attention_forward
+    grad_bias = torch.zeros_like(bias.values) if backward and bias is not None else q.new_empty(0)
+    for number, call in enumerate(calls):
+        biases = [] if bias is None else _bias_tables(bias, seen, number, heads, backward)
+        table = call.table(addresses, seen.extra, biases)
         run(call.settings, table.ctypes.data, len(table))
+        for _, one in biases if backward else ():
+            one.add_to(grad_bias)
+    return grad_bias
+
+
+def _bias_tables(
+    bias: DistanceBias, seen: _Seen, number: int, heads: int, gradient: bool
+) -> list[tuple[str, BiasTable]]:
+    """Of the band and, where there are any, the extra keys."""
+    values, ahead = bias
+    tables = [("bias", BiasTable(values, ahead, bias_steps(seen.near, number, heads), gradient))]
+    if seen.extra is not None:
+        tables.append(("extra_bias", BiasTable(values, ahead, np.ones(heads, np.int64), gradient)))
+    return tables
 
 
 def _strides(tensor: Tensor, offsets: Offsets) -> tuple[int, int, int]:

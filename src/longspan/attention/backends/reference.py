@@ -14,6 +14,9 @@ def run(request: Request) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(request.dtype, torch.float32)
     q, k, v = (tensor.to(wide) for tensor in request.without_padding())
     scores = q @ k.mT * request.scale + request.dense_count().to(wide).log()  # [B, H, M, N]
+    bias = request.dense_bias()
+    if bias is not None:
+        scores = scores + bias
     blind = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(blind, 0)  # a softmax over nothing would make NaN gradients
     probabilities = torch.dropout(scores.softmax(-1), request.dropout, train=True)

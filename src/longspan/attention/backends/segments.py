@@ -41,7 +41,7 @@ def plan_segments(pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_sc
     tokens = q.shape[2]
     for number, (length, stride) in enumerate(pattern.branches):
         length = min(length, tokens)
-        for offset, heads in _heads_by_offset(pattern, stride):
+        for offset, heads in _heads_by_offset(pattern, q.shape[1], stride):
             group = _Group(q, token_mask, max_scores, heads, pattern.causal, merges=number > 0)
             segments = tokens // length
             if length % stride or segments == 1:
@@ -54,13 +54,13 @@ def plan_segments(pattern: Pattern, q: Tensor, token_mask: Tensor | None, max_sc
                 yield from group.steps(lane, len(range(tokens)[lane]))
 
 
-def _heads_by_offset(pattern: DilatedSegments, stride: int) -> Iterator[tuple[int, range]]:
+def _heads_by_offset(pattern: DilatedSegments, heads: int, stride: int) -> Iterator[tuple[int, range]]:
     """The heads that keep the same tokens; they are evenly spaced."""
     groups: dict[int, list[int]] = {}
-    for head in range(pattern.heads):
+    for head in range(heads):
         groups.setdefault(pattern.offset(head, stride), []).append(head)
-    for offset, heads in groups.items():
-        yield offset, range(heads[0], heads[-1] + 1, heads[1] - heads[0] if len(heads) > 1 else 1)
+    for offset, alike in groups.items():
+        yield offset, range(alike[0], alike[-1] + 1, alike[1] - alike[0] if len(alike) > 1 else 1)
 
 
 @dataclass(frozen=True)

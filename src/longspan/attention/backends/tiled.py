@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,8 +31,11 @@ SCORES_NOT_STORED = 2**24  # the fused kernel stores only the bias, which all he
 def run(request: Request) -> tuple[Tensor, Tensor]:
     text, tensors = pattern_to_parts(request.pattern)
     seed = torch.randint(2**62, ()) if request.dropout else None
-    q, k, v = request.q, request.k, request.v
-    return torch.ops.longspan.tiled(q, k, v, text, tensors, request.token_mask, seed, request.scale, request.dropout)
+    q, k, v, token_mask = request.q, request.k, request.v, request.token_mask
+    values, ahead = (None, 0) if request.bias is None else request.bias
+    return torch.ops.longspan.tiled(
+        q, k, v, text, tensors, token_mask, seed, values, ahead, request.scale, request.dropout
+    )
 
 
 def attend_tiled(
@@ -42,18 +46,21 @@ def attend_tiled(
     tensors: list[Tensor],
     token_mask: Tensor | None,
     seed: Tensor | None,
+    bias: Tensor | None,
+    ahead: int,
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, N, D] and lse [B, H, N] for q, k, v [B, H, N, D] and a pattern in parts."""
+    """out [B, H, N, D] and lse [B, H, N] for q, k, v [B, H, N, D] and a pattern in parts. bias, ahead: DistanceBias."""
     q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
     lse = _empty_lse(q).fill_(-math.inf)
     out = empty_rows(q, lse.dtype).zero_()  # wide, because several steps may add to one row
     fused = q.device.type == "cpu" and not dropout
     drop = _Dropout(dropout, seed, q.device)
-    for step in _plan(pattern, tensors, q, token_mask, SCORES_NOT_STORED if fused else SCORES_IN_CACHE):
-        bias = None if step.bias is None else step.bias.to(lse.dtype)
-        tile = step.query_rows(q), step.key_rows(k), step.key_rows(v), bias, scale
+    shared = fused and bias is None  # what is added to scores is the same for all heads
+    for step in _plan(pattern, tensors, q, token_mask, SCORES_NOT_STORED if shared else SCORES_IN_CACHE):
+        added = _added(step, q, bias, ahead, lse.dtype)
+        tile = step.query_rows(q), step.key_rows(k), step.key_rows(v), added, scale
         part, part_lse = _attend_fused(*tile) if fused else _attend_plain(*tile, drop)
         out_view, lse_view = step.query_view(out), step.query_view(lse)
         if step.merges:
@@ -63,7 +70,7 @@ def attend_tiled(
     return narrow(out, q.dtype), lse.squeeze(-1)
 
 
-def _fake_attend(q, k, v, pattern, tensors, token_mask, seed, scale, dropout):
+def _fake_attend(q, k, v, pattern, tensors, token_mask, seed, bias, ahead, scale, dropout):
     return empty_rows(q, q.dtype), _empty_lse(q).squeeze(-1)
 
 
@@ -79,10 +86,12 @@ def attend_tiled_backward(
     tensors: list[Tensor],
     token_mask: Tensor | None,
     seed: Tensor | None,
+    bias: Tensor | None,
+    ahead: int,
     scale: float,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias, the last one empty where there is none."""
     q, k, v, grad_out = (with_unit_stride(tensor) for tensor in (q, k, v, grad_out))
     wide = lse.dtype
     delta = (grad_out.to(wide) * out).sum(-1, keepdim=True)  # [B, H, N, 1]
@@ -91,42 +100,51 @@ def attend_tiled_backward(
     lse = lse[..., None] * LOG2_E
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # exp2(score - inf) = 0 where a row sees nothing
     grad_q, grad_k, grad_v = (empty_rows(q, wide).zero_() for _ in range(3))
+    grad_bias = q.new_empty(0) if bias is None else torch.zeros_like(bias)
     drop = _Dropout(dropout, seed, q.device)
     for step in _plan(pattern, tensors, q, token_mask, SCORES_IN_CACHE):
         queries, keys, values = step.query_rows(q), step.key_rows(k), step.key_rows(v)
         grad = step.query_rows(grad_out)
-        bias = None if step.bias is None else step.bias.to(wide)
-        probabilities = _scores(queries, keys, bias, scale, wide).sub_(step.query_view(lse)).exp2_()  # [T, H, S, K]
+        added = _added(step, q, bias, ahead, wide)
+        probabilities = _scores(queries, keys, added, scale, wide).sub_(step.query_view(lse)).exp2_()  # [T, H, S, K]
         grad_probabilities = grad.to(wide) @ values.to(wide).mT
         dropped = probabilities
         if dropout:
             keep = drop.draw(probabilities)
             dropped, grad_probabilities = probabilities * keep, grad_probabilities.mul_(keep)
-        grad_scores = grad_probabilities.sub_(step.query_view(delta)).mul_(probabilities).to(q.dtype)
+        grad_scores = grad_probabilities.sub_(step.query_view(delta)).mul_(probabilities)
+        if bias is not None:
+            column = _columns(step, q, bias, ahead).flatten().long()
+            grad_bias[step.heads].index_add_(1, column, grad_scores.sum(0).flatten(1))
+        grad_scores = grad_scores.to(q.dtype)
         step.add_to_keys(grad_v, dropped.to(q.dtype).mT @ grad)
         step.add_to_keys(grad_k, (grad_scores.mT @ queries).mul_(scale))
         step.query_view(grad_q).add_(grad_scores @ keys, alpha=scale)
-    return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype)
+    return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype), grad_bias
 
 
-def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, seed, scale, dropout):
-    return empty_rows(q, q.dtype), empty_rows(q, q.dtype), empty_rows(q, q.dtype)
+def _fake_backward(
+    grad_out, grad_lse, q, k, v, out, lse, pattern, tensors, token_mask, seed, bias, ahead, scale, dropout
+):
+    grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias)
+    return empty_rows(q, q.dtype), empty_rows(q, q.dtype), empty_rows(q, q.dtype), grad_bias
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.pattern, tensors, token_mask, seed, ctx.scale, ctx.dropout = inputs
-    ctx.save_for_backward(q, k, v, *output, token_mask, seed, *tensors)
+    q, k, v, ctx.pattern, tensors, token_mask, seed, bias, ctx.ahead, ctx.scale, ctx.dropout = inputs
+    ctx.save_for_backward(q, k, v, *output, token_mask, seed, bias, *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, token_mask, seed, *tensors = ctx.saved_tensors
+    q, k, v, out, lse, token_mask, seed, bias, *tensors = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.longspan.tiled_backward(
-        grad_out, grad_lse, q, k, v, out, lse, ctx.pattern, tensors, token_mask, seed, ctx.scale, ctx.dropout
+    *grads, grad_bias = torch.ops.longspan.tiled_backward(
+        *(grad_out, grad_lse, q, k, v, out, lse, ctx.pattern, tensors, token_mask, seed),
+        *(bias, ctx.ahead, ctx.scale, ctx.dropout),
     )
-    return *grads, None, [None] * len(tensors), None, None, None, None
+    return *grads, None, [None] * len(tensors), None, None, None if bias is None else grad_bias, None, None, None
 
 
 define("longspan::tiled", attend_tiled, _fake_attend)
@@ -138,6 +156,21 @@ def _plan(text: str, tensors: list[Tensor], q: Tensor, token_mask: Tensor | None
     pattern = pattern_from_parts(text, tensors)
     plan = plan_segments if isinstance(pattern, DilatedSegments) else plan_band
     return plan(pattern, q, token_mask, max_scores)
+
+
+def _added(step: Step, q: Tensor, bias: Tensor | None, ahead: int, wide: torch.dtype) -> Tensor | None:
+    """What is added to the scores of a step: broadcasts to [T, H, S, K]."""
+    counts = None if step.bias is None else step.bias.to(wide)
+    if bias is None:
+        return counts
+    own = bias[step.heads][:, _columns(step, q, bias, ahead)][None]  # [1, H, S, K]
+    return own if counts is None else own + counts
+
+
+def _columns(step: Step, q: Tensor, bias: Tensor, ahead: int) -> Tensor:
+    """Int[S, K]: the column of the bias for each score; the same for all tiles of a step, heads and batch rows."""
+    _, _, queries, keys = replace(step, tiles=1).indices(q)
+    return (queries - keys + ahead).clamp(0, bias.shape[1] - 1)[0, 0]
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,385 @@
+"""Training of language models on transformers.Trainer: all phases of a curriculum in one run, with one optimizer.
+
+A killed run is started again with the same arguments and ends as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_model
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from longspan.inference.evidence import native_precision
+from longspan.models.convert import whole_or_absent
+from longspan.training.curriculum import Curriculum, set_windows
+from longspan.training.curves import draw_curves, require_matplotlib
+from longspan.training.runs import newest_checkpoint, remember, tensorboard
+from longspan.training.token_files import TokenFiles
+from longspan.training.token_rows import Objective, TrainingRows, dev_batches, next_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTraining:
+    """Everything that decides a training run but model, text and objective.
+
+    output: directory of the run: checkpoints, TensorBoard's files, curves.png and at last the model; a run that is
+    there goes on.
+    accumulate: batches that a step's rows are computed in, to save memory.
+    dev_tokens: how much of the dev split is read every evaluate_steps, in rows of dev_length tokens (None: as long as
+    those of the last phase). The rows are read by themselves: the figure of `longspan evaluate lm` is better.
+    bf16: autocast; None for where the processor has instructions for it.
+    """
+
+    output: str
+    curriculum: Curriculum
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    dev_tokens: int = 262_144
+    dev_length: int | None = None
+    evaluate_steps: int = 500
+    save_steps: int = 200
+    log_steps: int = 20
+    gradient_checkpointing: bool = False
+    bf16: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("accumulate", "dev_tokens", "evaluate_steps", "save_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be greater than 0; got {self.max_grad_norm}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers of at least 0 and below 1; got {self.betas}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedLanguageModel:
+    """A finished run.
+
+    model: its directory, with the tokenizer. bits: on dev, per `unit`, of rows read by themselves.
+    tokens_per_second: the median over the run's log. peak_memory_gib: of the process.
+    """
+
+    model: Path
+    bits: float
+    unit: str
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    peak_memory_gib: float
+    history: list[dict[str, Any]]
+
+
+def train_language_model(
+    model: Any,
+    tokens: TokenFiles,
+    config: LanguageTraining,
+    objective: Objective | None = None,
+    *,
+    finish: Callable[[Any], None] = lambda model: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> TrainedLanguageModel:
+    """Trains, or goes on with, the run that `config` describes.
+
+    model: any model of transformers or ours whose forward takes `input_ids` and `labels` and gives `loss`. It holds the
+    trained weights afterwards. objective: None for `next_token()`. finish: what is done to the model after training.
+    tell: is called with a line for each phase before the run, and with one for each entry of the log.
+    Under torchrun or `accelerate launch` every process takes its share of each step.
+    Raises ValueError for text that is shorter than a row, windows that the model lacks and a folder with another run,
+    FileExistsError for a folder with something else, ImportError where `pip install longspan[train]` is missing.
+    """
+    require_matplotlib()
+    objective = objective or next_token()
+    curriculum, output = config.curriculum, Path(config.output)
+    arguments = _arguments(config, model)
+    if config.gradient_checkpointing:  # which newer releases of transformers call so
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    # Every item is a whole batch, because the phases' batches differ in shape.
+    arguments.max_steps = curriculum.steps
+    rows = TrainingRows(
+        tokens.splits["train"],
+        curriculum,
+        objective,
+        parts=config.accumulate * arguments.world_size,
+        seed=config.seed,
+    )
+    last = curriculum.phases[-1]
+    length = config.dev_length or last.length
+    dev_rows = max(1, last.batch * last.length // (length * config.accumulate * arguments.world_size))
+    dev = dev_batches(tokens.splits["dev"], length, dev_rows, config.dev_tokens, objective)
+    causal = objective.added == 0
+    share = len(tokens.splits["dev"]) / tokens.units["dev"] if causal else 1.0
+    trainer = _LanguageTrainer(
+        bits=share / math.log(2),
+        curriculum=curriculum,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=dev,  # pyright: ignore[reportArgumentType]
+        data_collator=lambda items: items[0],
+        callbacks=[_Phases(curriculum)],
+    )
+    for talkative in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(talkative)
+    done = output / "model" / "training.json"
+    unimportant = ("output", "log_steps")
+    decides = {name: value for name, value in asdict(config).items() if name not in unimportant}
+    decides |= {
+        "bf16": arguments.bf16,
+        "processes": arguments.world_size,
+        "model": _described(model),
+        "objective": objective.counted,
+        "text": tokens.fingerprint,
+    }
+    with arguments.main_process_first(local=False):
+        remember(output, decides)
+    if not done.is_file():
+        newest = newest_checkpoint(output, arguments.world_size)
+        if trainer.is_world_process_zero():
+            for line in cost_lines(curriculum, model):
+                tell(line)
+            if newest is not None:
+                tell(f"going on from {newest.name}")
+            trainer.add_callback(tensorboard(output, newest))
+            unit = tokens.unit if causal else objective.counted
+            trainer.add_callback(_Progress(curriculum, unit, tell))
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if trainer.is_world_process_zero():
+            finish(model)
+            _write(trainer, tokens, config, decides, causal, objective.counted)
+        trainer.accelerator.wait_for_everyone()
+    load_model(model, output / "model" / SAFE_WEIGHTS_NAME)
+    if last.windows is not None:
+        set_windows(model, last.windows)
+    found = json.loads(done.read_text(encoding="utf-8"))
+    names = ("bits", "unit", "steps", "tokens", "tokens_per_second", "peak_memory_gib", "history")
+    return TrainedLanguageModel(model=output / "model", **{name: found[name] for name in names})
+
+
+def cost_lines(curriculum: Curriculum, model: Any) -> list[str]:
+    """The schedule in words, a line for each phase and one for all: what is trained on, and what it costs."""
+    lines = []
+    table = curriculum.table(model)
+    for row, phase in zip(table, curriculum.phases, strict=True):
+        windows = "" if row["windows"] is None else f", windows {row['windows'][0]:,} to {row['windows'][-1]:,}"
+        rate = f"{phase.learning_rate:.3g}"
+        if phase.final_learning_rate is not None:
+            rate += f" to {phase.final_learning_rate:.3g}"
+        lines.append(
+            f"phase {row['phase']}: {row['steps']:,} steps of {row['batch']:,} x {row['length']:,} tokens{windows}, "
+            f"learning rate {rate}: {row['tokens'] / 1e6:,.2f} M tokens, {row['operations'] / 1e15:,.3f} Pflop"
+        )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    operations = sum(row["operations"] for row in table)
+    lines.append(
+        f"in all: {curriculum.steps:,} steps, {curriculum.tokens / 1e6:,.2f} M tokens, {operations / 1e15:,.3f} Pflop "
+        f"for {parameters / 1e6:,.1f} M parameters"
+    )
+    return lines
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that the process had resident since `forget_peak_memory`, or that it held on its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux: since the process began
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most / (2**30 if sys.platform == "darwin" else 2**20)
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**20
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Begins to measure anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+class _LanguageTrainer(Trainer):
+    """Logs bits, speed and memory."""
+
+    def __init__(self, *, bits: float, curriculum: Curriculum, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.bits, self.curriculum = bits, curriculum
+        self.read, self.since = 0, time.perf_counter()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            chosen: Any = self.optimizer if optimizer is None else optimizer
+            highest, rate = self.args.learning_rate, self.curriculum.rate
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate(step) / highest)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        forget_peak_memory(self.args.device)
+        self.read, self.since = 0, time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        self.read += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        began = time.perf_counter()
+        figures = super().evaluate(*args, **kwargs)
+        self.since += time.perf_counter() - began  # the speed is that of training
+        return figures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in ("loss", "eval_loss"):
+            if name in logs:
+                logs[name.replace("loss", "bits")] = logs[name] * self.bits
+                logs["tokens_seen"] = _tokens_seen(self.curriculum, self.state.global_step)
+        if "loss" in logs and self.read:
+            seconds = time.perf_counter() - self.since
+            logs["tokens_per_second"] = round(self.read * self.args.world_size / seconds)
+            logs["memory_gib"] = round(peak_memory_gib(self.args.device), 3)
+            self.read, self.since = 0, time.perf_counter()
+        super().log(logs, start_time)
+
+
+class _Phases(TrainerCallback):
+    """The model's windows are those of the step's phase, and what a checkpoint would cut in two is logged before it."""
+
+    def __init__(self, curriculum: Curriculum):
+        self.curriculum = curriculum
+        self.windows: tuple[int, ...] | None = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._set(state.global_step, model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._set(min(state.global_step, self.curriculum.steps - 1), model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save
+        if state.global_step >= self.curriculum.steps:
+            control.should_evaluate = True
+
+    def _set(self, step: int, model: Any) -> None:
+        windows = self.curriculum.at(step)[1].windows
+        if windows is not None and windows != self.windows:
+            set_windows(getattr(model, "module", model), windows)
+            self.windows = windows
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, curriculum: Curriculum, unit: str, tell: Callable[[str], None]):
+        self.curriculum, self.unit, self.tell = curriculum, unit, tell
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        if "eval_bits" in logs:
+            self.tell(f"step {state.global_step:,}: dev {logs['eval_bits']:.4f} bits per {self.unit}")
+        if "tokens_per_second" not in logs:
+            return
+        left = (self.curriculum.tokens - logs["tokens_seen"]) / max(1, logs["tokens_per_second"])
+        phase = self.curriculum.at(state.global_step - 1)[0] + 1
+        self.tell(
+            f"step {state.global_step:,} of {self.curriculum.steps:,}, phase {phase}: loss {logs['loss']:.4f}, "
+            f"{logs['bits']:.4f} bits per {self.unit}, {logs['tokens_per_second']:,} tokens/s, "
+            f"{logs['memory_gib']:.2f} GiB, learning rate {logs['learning_rate']:.3g}, {left / 60:,.0f} min left"
+        )
+
+
+def _arguments(config: LanguageTraining, model: Any) -> TrainingArguments:
+    try:
+        return TrainingArguments(
+            output_dir=config.output,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            gradient_accumulation_steps=config.accumulate,
+            learning_rate=max(phase.learning_rate for phase in config.curriculum.phases),
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_epsilon=config.epsilon,
+            max_grad_norm=config.max_grad_norm,
+            bf16=native_precision(model.device) == "bf16" if config.bf16 is None else config.bf16,
+            train_sampling_strategy="sequential",  # the rows come in the run's order
+            eval_strategy="steps",
+            eval_steps=config.evaluate_steps,
+            prediction_loss_only=True,
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            logging_steps=config.log_steps,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            report_to="none",
+            disable_tqdm=True,
+            seed=config.seed,
+            use_cpu=not torch.cuda.is_available(),
+        )
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install longspan[train]") from error
+
+
+def _tokens_seen(curriculum: Curriculum, step: int) -> int:
+    seen = 0
+    for phase in curriculum.phases:
+        steps = min(step, phase.steps)
+        seen += steps * phase.batch * phase.length
+        step -= steps
+    return seen
+
+
+def _described(model: Any) -> dict[str, Any]:
+    """A model's configuration without what changes from phase to phase and from machine to machine."""
+    described = model.config.to_dict()
+    changing = ("windows", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    return {name: value for name, value in described.items() if name not in changing} | {"class": type(model).__name__}
+
+
+def _write(
+    trainer: Trainer, tokens: TokenFiles, config: LanguageTraining, decides: dict[str, Any], causal: bool, counted: str
+) -> None:
+    """The model, its tokenizer and the run's figures into output/model, and the curves beside it."""
+    history = trainer.state.log_history
+    entries = [entry for entry in history if "tokens_per_second" in entry]
+    speeds = sorted(entry["tokens_per_second"] for entry in entries)
+    unit = tokens.unit if causal else counted
+    summary = {
+        "bits": next(entry["eval_bits"] for entry in reversed(history) if "eval_bits" in entry),
+        "unit": unit,
+        "steps": config.curriculum.steps,
+        "tokens": config.curriculum.tokens,
+        "tokens_per_second": speeds[len(speeds) // 2],
+        "peak_memory_gib": max(entry["memory_gib"] for entry in entries),
+        "run": decides,
+        "history": history,
+    }
+    output, model = Path(config.output), cast(PreTrainedModel, trainer.model)
+    starts, seen = [], 0
+    for phase in config.curriculum.phases[:-1]:
+        seen += phase.tokens
+        starts.append(seen)
+    draw_curves({output.name: history}, output / "curves.png", unit=unit, phases=starts)
+    with whole_or_absent(output / "model") as folder:
+        model.save_pretrained(folder)
+        tokens.tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
