@@ -16,13 +16,23 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(<!-- table: (?P<topic>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = {
-    "system": "system",
-    "top1": "top-1",
-    "top3": "top-3",
-    "late_top1": "late top-1",
-    "late_top3": "late top-3",
-    "token_f1": "token F1",
-    "tokens_per_second": "tokens/s",
+    "reader": {
+        "system": "system",
+        "top1": "top-1",
+        "top3": "top-3",
+        "late_top1": "late top-1",
+        "late_top3": "late top-3",
+        "token_f1": "token F1",
+        "tokens_per_second": "tokens/s",
+    },
+    "recipe": {
+        "name": "reviews one at a time",
+        "engine": "engine",
+        "ms_per_review": "ms a review",
+        "speedup": "times as fast",
+        "accuracy": "accuracy",
+        "of_teacher": "share of the teacher's",
+    },
 }
 Row = dict[str, Any]
 
@@ -44,12 +54,14 @@ def render(topic: str, page: Path) -> str:
     if topic.startswith("bench-"):
         return render_benchmark(measured, link)
     machine = measured["machine"]
+    result = measured["result"]
+    count = f"{result['questions']} questions" if "questions" in result else f"{result['config']['test_rows']} reviews"
     source = (
-        f"`{measured['command']}`: {measured['result']['questions']} questions, {machine['cpu']}, "
-        f"{_threads(machine)}, torch {machine['torch']} ({link})."
+        f"`{measured['command']}`: {count}, {machine['cpu']}, {_threads(machine)}, torch {machine['torch']} ({link})."
     )
-    rows = [[_cell(row[name]) for name in COLUMNS] for row in measured["result"]["rows"]]
-    return f"{_table(list(COLUMNS.values()), rows)}\n{source}\n"
+    columns = COLUMNS[topic.split("-")[0]]
+    rows = [[_cell(row[name]) for name in columns] for row in result["rows"]]
+    return f"{_table(list(columns.values()), rows)}\n{source}\n"
 
 
 def newest(topic: str) -> Path | None:
@@ -181,7 +193,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.3f}".lstrip("0")
+        return f"{value:,.1f}" if value >= 2 else f"{value:.3f}".lstrip("0")
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
