@@ -19,6 +19,17 @@ def _empty_tensors_hold_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def quiet_transformers():
+    """What transformers says of checkpoints that it loads in part is not shown."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A WordPiece tokenizer of BERT's kind that knows `WORDS`, and other words letter by letter; rows of 64 tokens."""

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 from tests.tasks.test_articles import articles, write
-from transformers.utils import logging
 
 from longspan.recipes import characters as recipe
 from longspan.recipes.characters import Characters, characters
@@ -27,12 +26,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture

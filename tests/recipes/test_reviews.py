@@ -5,7 +5,6 @@ import pytest
 import torch
 from tests.training.classification_run import task as colors
 from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
-from transformers.utils import logging
 
 from longspan.recipes import reviews as recipe
 from longspan.recipes.reviews import Reviews, Student, reviews
@@ -16,12 +15,7 @@ pytest.importorskip("onnxruntime")
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32, "max_position_embeddings": 66}
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import torch
 from tests.tasks.superglue_rows import write_superglue
 from tests.training.classification_run import task as colors
 from transformers import BertConfig, BertModel
-from transformers.utils import logging
 
 from longspan.models.heads import LongspanForSequenceClassification, LongspanForSpanClassification
 from longspan.tasks.fine_tune import fine_tune, named_task
@@ -15,12 +14,7 @@ from longspan.tasks.task import Example, Task
 FEW = {"steps": 2, "batch": 2, "learning_rate": 1e-3, "bf16": False}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

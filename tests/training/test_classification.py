@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from tests.training.classification_run import SETTINGS, run, task
 from transformers import BertConfig, BertModel
-from transformers.utils import logging
 
 from longspan.models.classifiers import load_classifier
 from longspan.models.heads import LongspanForSequenceClassification
@@ -25,12 +24,7 @@ from longspan.training.classification import ClassifierTraining, predict_logits,
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

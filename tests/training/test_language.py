@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from tests.training.language_run import CURRICULUM, SETTINGS, make_tokens, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging
 
 from longspan.models.text_tokenizers import encode
 from longspan.training.curriculum import Curriculum, Phase
@@ -24,12 +23,7 @@ ROOT = Path(__file__).parents[2]
 MACHINE = ("tokens_per_second", "memory_gib", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
-from transformers.utils import logging
 
 from longspan.models.convert import convert_checkpoint
 from longspan.models.heads import LongspanForMaskedLM
@@ -13,12 +12,7 @@ from longspan.training.masked import MaskedTraining, train_masked
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")
