@@ -129,10 +129,10 @@ static int layer_forward(const longspan_layer& layer, const longspan_layer_rows&
   const int64_t wanted = most_threads * divide_up(call.rows, most_threads * BLOCK_ROWS);
   const int64_t rows = round_up(divide_up(call.rows, wanted), SQUARE), blocks = divide_up(call.rows, rows);
   const int64_t bytes = LayerBlock::memory(layer, rows);
+  const int threads = static_cast<int>(smaller(most_threads, blocks));
   int64_t next = 0;
   int status = LONGSPAN_OK;
-#pragma omp parallel num_threads(static_cast<int>(smaller(most_threads, blocks)))
-  {
+  const auto work = [&] {
     uint8_t* memory = static_cast<uint8_t*>(thread_workspace(bytes, BETWEEN_KERNELS));
     int64_t number;
     while ((number = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < blocks) {
@@ -141,6 +141,12 @@ static int layer_forward(const longspan_layer& layer, const longspan_layer_rows&
                                : LONGSPAN_NO_MEMORY;
       if (found != LONGSPAN_OK) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
     }
+  };
+  if (threads == 1) {  // the kernels share out their own work; within a region of one thread they would start new threads
+    work();
+  } else {
+#pragma omp parallel num_threads(threads)
+    work();
   }
   return status;
 }

@@ -105,8 +105,11 @@ struct Finisher {
     const uint32_t mask = static_cast<uint32_t>(first_bits(call.out_features - column));
     if constexpr (Format::STEP == Int8::STEP) scale(call.row_scale[row], call.weight_scale + column, mask, values);
     if (call.bias) add(call.bias + column, mask, values);
-    activate(call.activation, values);
-    if (call.out_dtype == LONGSPAN_F32) return write<float>(call, row, column, mask, square.streams, values);
+    if (call.out_dtype == LONGSPAN_F32) {
+      activate<true>(call.activation, values);
+      return write<float>(call, row, column, mask, square.streams, values);
+    }
+    activate<false>(call.activation, values);
     write<bfloat16>(call, row, column, mask, square.streams, values);
   }
 
@@ -116,13 +119,14 @@ struct Finisher {
     UNROLL for (int64_t i = 0; i < 2; ++i) values[i] *= row_scale * scales[i];
   }
 
+  template <bool precise>
   ALWAYS_INLINE void activate(int32_t activation, Vector (&values)[2]) {
     if (activation == LONGSPAN_NO_ACTIVATION) return;
     UNROLL for (int64_t i = 0; i < 2; ++i) {
-      if (activation == LONGSPAN_GELU) values[i] = gelu(values[i]);
-      if (activation == LONGSPAN_GELU_TANH) values[i] = gelu_tanh(values[i]);
+      if (activation == LONGSPAN_GELU) values[i] = gelu<precise>(values[i]);
+      if (activation == LONGSPAN_GELU_TANH) values[i] = gelu_tanh<precise>(values[i]);
       if (activation == LONGSPAN_RELU) values[i] = relu(values[i]);
-      if (activation == LONGSPAN_SILU) values[i] = silu(values[i]);
+      if (activation == LONGSPAN_SILU) values[i] = silu<precise>(values[i]);
     }
   }
 

@@ -1,9 +1,11 @@
 import copy
 import gc
+import os
 import pickle
 import threading
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from longspan.models.evidence import LongspanForEvidence
 from longspan.models.packed import PackedEncoder, pack
 from longspan.models.plug_in import accelerate
 
+THREADS = Path("/proc/self/task")
 WINDOWS = {"longformer": {"attention_window": [4, 8, 16]}}
 # Relative error of what a layer gives, by precision: fp32 as good as unpacked; bf16 and int8 as issue 3 asks.
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "int8": 2e-2}
@@ -281,6 +284,31 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_steps(config, precision):
     x = x.float()
     for one, other in zip(whole.hidden_states(x, mask, marked), in_steps.hidden_states(x, mask, marked), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not linear.tiles.available(), reason="this CPU or its library has no linear layers in tiles")
+@pytest.mark.skipif(not THREADS.is_dir(), reason="only Linux lists the threads of a process")
+def test_few_rows_start_no_threads_of_their_own():
+    blocks = 2 * (BlockConfig(heads=4, head_width=32, ffn_width=1024),)
+    encoder, x = pack(drawn(EncoderConfig(width=256, blocks=blocks)), "int8"), torch.randn(1, 8, 256)
+    known, seen, done = set(os.listdir(THREADS)), set(), threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.update(os.listdir(THREADS))
+
+    threads, watching = torch.get_num_threads(), threading.Thread(target=watch)
+    try:
+        torch.set_num_threads(2)
+        watching.start()
+        with torch.no_grad():
+            for _ in range(20):
+                encoder(x)
+    finally:
+        done.set()
+        watching.join()
+        torch.set_num_threads(threads)
+    assert len(seen - known) < 10  # a few that stay; not new ones for each of 2 x 20 layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
