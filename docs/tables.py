@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
 MARKED = re.compile(r"(<!-- table: (?P<topic>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = {
     "reader": {
@@ -25,7 +25,16 @@ COLUMNS = {
         "token_f1": "token F1",
         "tokens_per_second": "tokens/s",
     },
-    "recipe": {
+    "recipe-reader": {
+        "name": "reader",
+        "precision": "precision",
+        "top1": "top-1",
+        "top3": "top-3",
+        "of_first": "share of the first row's",
+        "tokens_per_second": "tokens/s",
+        "faster": "times as fast",
+    },
+    "recipe-reviews": {
         "name": "reviews one at a time",
         "engine": "engine",
         "ms_per_review": "ms a review",
@@ -55,13 +64,72 @@ def render(topic: str, page: Path) -> str:
         return render_benchmark(measured, link)
     machine = measured["machine"]
     result = measured["result"]
-    count = f"{result['questions']} questions" if "questions" in result else f"{result['config']['test_rows']} reviews"
     source = (
-        f"`{measured['command']}`: {count}, {machine['cpu']}, {_threads(machine)}, torch {machine['torch']} ({link})."
+        f"`{measured['command']}`: {_count(result)}, {machine['cpu']}, {_threads(machine)}, torch {machine['torch']} "
+        f"({link})."
     )
-    columns = COLUMNS[topic.split("-")[0]]
+    if topic == "recipe-characters":
+        return "\n".join([*_character_tables(result), source, ""])
+    columns = COLUMNS[topic if topic in COLUMNS else topic.split("-")[0]]
     rows = [[_cell(row[name]) for name in columns] for row in result["rows"]]
     return f"{_table(list(columns.values()), rows)}\n{source}\n"
+
+
+def _count(result: dict[str, Any]) -> str:
+    """Of what was measured on."""
+    if "evaluated" in result:
+        scored, stretches = result["evaluated"]["scored"], result["evaluated"]["stretches"]
+        return f"{stretches} stretches of {scored} characters"
+    if "questions" in result:
+        return f"{result['questions']} questions"
+    return f"{result['config']['test_rows']} reviews"
+
+
+def _character_tables(result: dict[str, Any]) -> list[str]:
+    """The systems, the ablations and the compressors beside them."""
+    systems = [row for row in result["rows"] if not row["ablation"]]
+    ablations = [row for row in result["rows"] if row["ablation"]]
+    lengths = [str(length) for length in result["config"]["lengths"]]
+    head = ["bits per character at", *(f"{int(length):,}" for length in lengths), "first less last, standard error"]
+    lines = [
+        [
+            row["name"],
+            *(_bits(row["bits"][length]) for length in lengths),
+            f"{row['gain']:.3f} ± {row['gain_error']:.3f}",
+        ]
+        for row in systems
+    ]
+    costs = [
+        [
+            row["name"],
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['tokens'] / 1e6:.1f} M of {row['length']:,}",
+            f"{row['operations'] / 1e15:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['minutes']:.0f}",
+            f"{row['peak_memory_gib']:.1f}",
+        ]
+        for row in systems
+    ]
+    measured = [
+        [
+            row["name"],
+            f"{row['tokens'] / 1e6:.1f} M",
+            *(_bits(bits) for bits in row["bits"].values() if bits is not None),
+        ]
+        for row in ablations
+    ]
+    references = [[row["name"], _bits(row["bits"]), row["note"]] for row in result["references"]]
+    cost_head = ["training", "parameters", "tokens, longest rows", "Pflop", "tokens/s", "minutes", "GiB"]
+    tables = [_table(head, lines), _table(cost_head, costs)]
+    if ablations:
+        length = next(length for length, bits in ablations[0]["bits"].items() if bits is not None)
+        tables.append(_table(["ablation", "tokens", f"bits per character at {int(length):,}"], measured))
+    return [*tables, _table(["compressor, whole test text", "bits per character", ""], references)]
+
+
+def _bits(bits: float | None) -> str:
+    return "-" if bits is None else f"{bits:.3f}"
 
 
 def newest(topic: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The benchmark page quotes result files and nothing else."""
+"""The pages of benchmarks and recipes quote result files and nothing else."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
+RECIPES = ROOT / "docs" / "recipes.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
@@ -41,9 +42,17 @@ def save(folder, name, *rows, goals=()):
     (folder / "results" / f"{name}.json").write_text(json.dumps(measured))
 
 
-def test_the_page_is_what_the_result_files_say():
-    with_tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))["with_tables"]
-    assert with_tables(TEXT, PAGE) == TEXT
+@pytest.mark.parametrize("page", [PAGE, RECIPES], ids=["benchmarks", "recipes"])
+def test_the_pages_are_what_the_result_files_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "tables.py"))["with_tables"](text, page) == text
+
+
+def test_the_page_of_recipes_has_a_table_for_each():
+    from longspan.cli.recipe import app
+
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"<!-- table: recipe-(\w+) -->", RECIPES.read_text(encoding="utf-8"))) == commands
 
 
 def test_the_page_has_a_table_for_every_benchmark():
@@ -53,9 +62,10 @@ def test_the_page_has_a_table_for_every_benchmark():
     assert quoted == {"goals", "bench-encoder-base", *GOALS}
 
 
-def test_its_local_links_lead_somewhere():
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", TEXT):
-        assert (PAGE.parent / link).exists(), link
+@pytest.mark.parametrize("page", [PAGE, RECIPES], ids=["benchmarks", "recipes"])
+def test_their_local_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
 
 
 def test_times_speedups_and_refusals_are_shown(tables, tmp_path):
@@ -129,3 +139,32 @@ def test_layers_are_shown_by_length(tables, tmp_path):
     )
     assert "| 1,024 | 19.5 (0.50x) |  |  |" in shown
     assert "| 8,192 | 2.44, 2 | 2.44, 2 | left out |" in shown
+
+
+def test_character_models_are_shown_with_their_ablations_and_compressors(tables, tmp_path):
+    def model(name, bits, ablation=False):
+        sizes = {"parameters": 3_200_000, "tokens": 14_000_000, "length": 8192, "operations": 3.2e14}
+        costs = {"tokens_per_second": 8123.4, "minutes": 28.7, "peak_memory_gib": 1.3}
+        gains = {"gain": 0.0612, "gain_error": 0.0049}
+        return {"name": name, "ablation": ablation, "bits": bits} | sizes | costs | gains
+
+    result = {
+        "config": {"lengths": [512, 8192]},
+        "evaluated": {"scored": 256, "stretches": 128},
+        "rows": [
+            model("LongNet", {"512": 2.0, "8192": 1.9388}),
+            model("full", {"512": 2.1, "8192": None}),
+            model("windows equal", {"512": None, "8192": 2.2}, ablation=True),
+        ],
+        "references": [{"name": "gzip", "bits": 2.55, "note": "level 9"}],
+    }
+    machine = {"cpu": "A CPU", "threads": 1, "torch": "2.13.0"}
+    measured = {"command": "longspan recipe characters OUT", "machine": machine, "result": result}
+    (tmp_path / "results" / "2026-01-02_cpu_recipe-characters.json").write_text(json.dumps(measured))
+    shown = tables["render"]("recipe-characters", tmp_path / "docs" / "page.md")
+    assert "| LongNet | 2.000 | 1.939 | 0.061 ± 0.005 |" in shown
+    assert "| full | 2.100 | - | 0.061 ± 0.005 |" in shown
+    assert "| full | 3.2 M | 14.0 M of 8,192 | 0.320 | 8,123 | 29 | 1.3 |" in shown
+    assert "| windows equal | 14.0 M | 2.200 |" in shown
+    assert "| gzip | 2.550 | level 9 |" in shown
+    assert "`longspan recipe characters OUT`: 128 stretches of 256 characters, A CPU, 1 thread, torch 2.13.0" in shown
