@@ -5,18 +5,16 @@ Shapes: B batch, N tokens, C model width.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from longspan.compression.distillation_loss import DistillationLoss
@@ -29,56 +27,34 @@ from longspan.compression.teacher_outputs import (
     compute_teacher_outputs,
     hash_of_model,
 )
-from longspan.inference.evidence import native_precision
 from longspan.models.convert import as_ours, whole_or_absent
 from longspan.models.evidence import LongspanForEvidence
 from longspan.models.plug_in import PLACES
 from longspan.training.runs import fingerprint, in_order, newest_checkpoint, remember, tensorboard
+from longspan.training.settings import TrainerSettings
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation:
+class Distillation(TrainerSettings):
     """How a student is trained.
 
-    epochs: passes over the rows; steps, optimizer steps, takes their place where it is given.
-    batch: rows that a process computes at a time; a step has `accumulate` such batches of every process.
-    warmup_fraction: of all steps, with a rising learning rate; afterwards it falls to 0 in a line.
-    evaluate_steps: None for once a pass. metric: the value of `evaluate` that the best checkpoint is best in, larger is
-        better; None: its first.
+    metric: the value of `evaluate` that the best checkpoint is best in, larger is better; None: its first.
     keep: what of the teacher is computed once and kept on disk: "logits", where the loss compares nothing else, "all"
         that it compares, or "nothing". What is not kept the teacher computes for every batch, beside the student.
-    bf16: for teacher and student; None for where the processor has instructions for it.
     """
 
     loss: DistillationLoss = field(default_factory=DistillationLoss)
-    epochs: float = 3.0
-    steps: int | None = None
     batch: int = 32
-    accumulate: int = 1
     learning_rate: float = 5e-5
-    warmup_fraction: float = 0.06
-    weight_decay: float = 0.01
-    evaluate_steps: int | None = None
-    save_steps: int = 200
     metric: str | None = None
     keep: Literal["logits", "all", "nothing"] = "logits"
-    bf16: bool | None = None
-    seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "evaluate_steps", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be greater than 0; got {getattr(self, name)}")
+        super().__post_init__()
         if self.keep not in ("logits", "all", "nothing"):
             raise ValueError(f"keep must be 'logits', 'all' or 'nothing'; got {self.keep!r}")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must be at least 0 and below 1; got {self.warmup_fraction}")
 
 
 class Rows(NamedTuple):
@@ -132,18 +108,17 @@ def distill(
     _check(teacher, student, rows, loss)
     if loss.relations and teacher.config.model_type in PLACES:
         teacher = as_ours(teacher)  # whose projections are known, and laid out as [B, N, H*D]
-    arguments = _arguments(settings, output, student)
-    rows_a_step = settings.batch * settings.accumulate * arguments.world_size
-    steps = settings.steps or ceil(settings.epochs * len(rows.features) / rows_a_step)
-    arguments.max_steps, arguments.warmup_steps = steps, round(settings.warmup_fraction * steps)
+    # The others wait while one process asks the teacher.
+    arguments = settings.arguments(output, student, len(rows.features), ddp_timeout=24 * 3600)
+    steps, rows_a_step = arguments.max_steps, settings.rows_a_step(arguments)
     if evaluate is not None:
         arguments.eval_strategy, arguments.metric_for_best_model, arguments.greater_is_better = "steps", "decides", True
-    arguments.eval_steps = settings.evaluate_steps or ceil(len(rows.features) / rows_a_step)
     pairs = loss.layers(num_layers(student), num_layers(teacher)) if loss.hidden_states or loss.relations else ()
     of_student, of_teacher = loss.wanted(pairs)
     kept = None
     with arguments.main_process_first(local=False):
-        decides = asdict(settings) | {"bf16": arguments.bf16, "steps": steps, "processes": arguments.world_size}
+        decides = {name: value for name, value in asdict(settings).items() if name != "log_steps"}
+        decides |= {"bf16": arguments.bf16, "steps": steps, "processes": arguments.world_size}
         decides |= {"teacher": hash_of_model(teacher), "student": hash_of_model(student)}
         remember(output, decides | {"rows": fingerprint(map(dict, rows.features))})
         if (output / "model").exists():
@@ -184,32 +159,6 @@ def distill(
             student.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
     return student
-
-
-def _arguments(settings: Distillation, output: Path, student: Any) -> TrainingArguments:
-    try:
-        return TrainingArguments(
-            output_dir=str(output),
-            per_device_train_batch_size=settings.batch,
-            gradient_accumulation_steps=settings.accumulate,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            lr_scheduler_type="linear",
-            bf16=native_precision(student.device) == "bf16" if settings.bf16 is None else settings.bf16,
-            train_sampling_strategy="sequential",  # the rows come in the run's order
-            save_steps=settings.save_steps,
-            save_total_limit=2,
-            logging_steps=20,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            ddp_timeout=24 * 3600,  # the others wait while one process asks the teacher
-            report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
-            seed=settings.seed,
-            use_cpu=not torch.cuda.is_available(),
-        )
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install longspan[train]") from error
 
 
 class _Pupil(nn.Module):

@@ -15,7 +15,6 @@ from longspan.tasks.task import Task, tokenize
 from longspan.tasks.text_files import Columns, text_task
 from longspan.training.classification import (
     ClassifierTraining,
-    computes_in_bf16,
     predict_logits,
     train_classifier,
 )
@@ -112,7 +111,7 @@ def fine_tune(
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if task.splits.get("test") and is_first:
         test = tokenize(task.examples("test"), loaded.tokenizer, loaded.max_tokens)
-        bf16 = computes_in_bf16(config, loaded.model)
+        bf16 = config.computes_in_bf16(loaded.model)
         logits = predict_logits(loaded.model, test, loaded.tokenizer, batch=2 * config.batch, bf16=bf16)
         if all(example.label is not None for example in task.examples("test")):
             figures = task.metrics("test", logits)

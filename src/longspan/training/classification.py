@@ -6,10 +6,8 @@ n rows, L labels.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +15,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_model
-from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from longspan.inference.evidence import native_precision
 from longspan.models.convert import whole_or_absent
 from longspan.training.runs import Features, fingerprint, in_order, newest_checkpoint, remember, tensorboard
+from longspan.training.settings import TrainerSettings
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierTraining:
+class ClassifierTraining(TrainerSettings):
     """Everything that decides a training run but model and rows.
 
     output: directory of the run: checkpoints, TensorBoard's files and at last the model; a run that is there goes on.
     metric: what the best checkpoint is best in, a key of what `measure` gives; larger is better.
-    epochs: passes over the training rows; steps, optimizer steps, takes their place where it is given.
-    batch: rows that a process computes at a time; a step has `accumulate` such batches of every process.
-    warmup_fraction: of all steps, with a rising learning rate; afterwards it falls to 0 in a line.
-    evaluate_steps: None for once a pass. bf16: None for where the processor has instructions for it.
     """
 
     output: str
     metric: str = "accuracy"
-    epochs: float = 3.0
-    steps: int | None = None
-    batch: int = 16
-    accumulate: int = 1
-    learning_rate: float = 3e-5
-    warmup_fraction: float = 0.06
-    weight_decay: float = 0.01
-    evaluate_steps: int | None = None
-    save_steps: int = 200
-    log_steps: int = 20
-    bf16: bool | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "evaluate_steps", "save_steps", "log_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs must be greater than 0; got {self.epochs}")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must be at least 0 and below 1; got {self.warmup_fraction}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be greater than 0; got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +85,15 @@ def train_classifier(
             raise ValueError(f"metric {config.metric!r} is not measured; there is {', '.join(figures)}")
         return figures
 
-    arguments = _arguments(config, model)
-    rows_a_step = config.batch * config.accumulate * arguments.world_size
-    steps = config.steps or ceil(config.epochs * len(train) / rows_a_step)
-    arguments.max_steps, arguments.warmup_steps = steps, round(config.warmup_fraction * steps)
-    arguments.eval_steps = config.evaluate_steps or ceil(len(train) / rows_a_step)
+    arguments = config.arguments(
+        output,
+        model,
+        len(train),
+        eval_strategy="steps",
+        metric_for_best_model=config.metric,
+        greater_is_better=True,
+    )
+    steps, rows_a_step = arguments.max_steps, config.rows_a_step(arguments)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -174,46 +148,12 @@ def predict_logits(
     return back
 
 
-def computes_in_bf16(config: ClassifierTraining, model: Any) -> bool:
-    """What `config.bf16` says, or where it says nothing, whether the model's device has instructions for it."""
-    return native_precision(model.device) == "bf16" if config.bf16 is None else config.bf16
-
-
 class _SaveWhatIsMeasured(TrainerCallback):
     """A checkpoint wherever dev is read, so that the best one is among them, beside those every save_steps."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save |= control.should_evaluate
         control.should_log |= control.should_save  # a mean of losses that a checkpoint cut would differ after a kill
-
-
-def _arguments(config: ClassifierTraining, model: Any) -> TrainingArguments:
-    try:
-        return TrainingArguments(
-            output_dir=config.output,
-            per_device_train_batch_size=config.batch,
-            per_device_eval_batch_size=config.batch * 2,
-            gradient_accumulation_steps=config.accumulate,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            lr_scheduler_type="linear",
-            bf16=computes_in_bf16(config, model),
-            train_sampling_strategy="sequential",  # the rows come in the run's order
-            eval_strategy="steps",
-            save_steps=config.save_steps,
-            save_total_limit=2,
-            metric_for_best_model=config.metric,
-            greater_is_better=True,
-            logging_steps=config.log_steps,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
-            seed=config.seed,
-            use_cpu=not torch.cuda.is_available(),
-        )
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install longspan[train]") from error
 
 
 def _write_best(trainer: Trainer, tokenizer: Any, output: Path, decides: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from longspan.models.convert import whole_or_absent
 from longspan.training.curriculum import Curriculum, set_windows
 from longspan.training.curves import draw_curves, require_matplotlib
 from longspan.training.runs import newest_checkpoint, remember, tensorboard
+from longspan.training.settings import trainer_arguments
 from longspan.training.token_files import TokenFiles
 from longspan.training.token_rows import Objective, TrainingRows, dev_batches, next_token
 
@@ -308,35 +309,27 @@ class _Progress(TrainerCallback):
 
 
 def _arguments(config: LanguageTraining, model: Any) -> TrainingArguments:
-    try:
-        return TrainingArguments(
-            output_dir=config.output,
-            per_device_train_batch_size=1,
-            per_device_eval_batch_size=1,
-            gradient_accumulation_steps=config.accumulate,
-            learning_rate=max(phase.learning_rate for phase in config.curriculum.phases),
-            weight_decay=config.weight_decay,
-            adam_beta1=config.betas[0],
-            adam_beta2=config.betas[1],
-            adam_epsilon=config.epsilon,
-            max_grad_norm=config.max_grad_norm,
-            bf16=native_precision(model.device) == "bf16" if config.bf16 is None else config.bf16,
-            train_sampling_strategy="sequential",  # the rows come in the run's order
-            eval_strategy="steps",
-            eval_steps=config.evaluate_steps,
-            prediction_loss_only=True,
-            save_steps=config.save_steps,
-            save_total_limit=2,
-            logging_steps=config.log_steps,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=True,
-            seed=config.seed,
-            use_cpu=not torch.cuda.is_available(),
-        )
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install longspan[train]") from error
+    return trainer_arguments(
+        config.output,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=max(phase.learning_rate for phase in config.curriculum.phases),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_epsilon=config.epsilon,
+        max_grad_norm=config.max_grad_norm,
+        bf16=native_precision(model.device) == "bf16" if config.bf16 is None else config.bf16,
+        train_sampling_strategy="sequential",  # the rows come in the run's order
+        eval_strategy="steps",
+        eval_steps=config.evaluate_steps,
+        prediction_loss_only=True,
+        save_steps=config.save_steps,
+        logging_steps=config.log_steps,
+        disable_tqdm=True,
+        seed=config.seed,
+    )
 
 
 def _tokens_seen(curriculum: Curriculum, step: int) -> int:

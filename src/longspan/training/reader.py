@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, Trainer
 
 from longspan.inference.windows import select_disjoint
 from longspan.models.convert import to_long
@@ -40,6 +40,7 @@ from longspan.training.reading import (
     tokenize_question,
 )
 from longspan.training.runs import newest_checkpoint
+from longspan.training.settings import trainer_arguments
 
 # Share of the rows from each source at the first and at the last step. There are few questions of the kind that the
 # reader is for, so the plentiful others teach first.
@@ -250,12 +251,11 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     trainer = ReaderTrainer(
         model=model,
         monitor=monitor,
-        args=TrainingArguments(
-            output_dir=str(output),
+        args=trainer_arguments(
+            output,
             max_steps=config.steps,
             per_device_train_batch_size=config.batch,
             learning_rate=config.learning_rate,
-            lr_scheduler_type="linear",
             warmup_steps=config.warmup_steps,
             max_grad_norm=1.0,
             bf16=config.bf16,
@@ -263,13 +263,8 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
             eval_strategy="steps",
             eval_steps=config.evaluate_steps,
             save_steps=config.save_steps,
-            save_total_limit=2,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            report_to="none",
             disable_tqdm=True,
             seed=config.seed,
-            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=TrainingRows(articles, rows, allowed, tokenizer, config),
         eval_dataset=held_out,
