@@ -387,7 +387,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_yscale("log", base=10)
         axes.grid(alpha=0.3)
     for line in panels[:, 0]:
-        line.legend(fontsize="small")
+        line.legend(fontsize="small", loc="upper left")  # the lines rise to the right
     figure.savefig(path, dpi=110)
 
 
