@@ -386,8 +386,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(ticks := _ticks(axes.get_xlim()), [_length(tick) for tick in ticks])
         axes.set_yscale("log", base=10)
         axes.grid(alpha=0.3)
-    for line in panels[:, 0]:
-        line.legend(fontsize="small", loc="upper left")  # the lines rise to the right
+    shown = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
 
 
