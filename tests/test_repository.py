@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "longspan"
 MAY_IMPORT = {
     "kernels": set(),
     "attention": {"kernels"},
+    "distributed": {"attention"},
     "models": {"attention", "kernels"},
     "inference": {"models", "attention", "kernels"},
     "training": {"inference", "models", "attention", "kernels"},
