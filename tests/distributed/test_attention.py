@@ -119,6 +119,18 @@ def test_a_bias_by_distance_goes_across_ranks(tmp_path):
     on_ranks(3, tmp_path, biased)
 
 
+def learns_from_sums(rank: int) -> None:
+    shards = SequenceShards(4)
+    k = torch.randn(1, H, 4, D, requires_grad=True)
+    _, lse = attend(k, k, k, SlidingWindow(2, 0), shards, return_lse=True)  # the first rank receives nothing
+    lse.sum().backward()
+    assert k.grad is not None and k.grad.isfinite().all()
+
+
+def test_the_gradients_of_softmax_sums_alone_find_their_way(tmp_path):
+    on_ranks(2, tmp_path, learns_from_sums)
+
+
 def count_bytes(rank: int, world: int, tokens: int, pattern) -> int:
     shards = SequenceShards(tokens)
     q = torch.randn(1, H, tokens, D)
@@ -157,6 +169,8 @@ def refused(rank: int) -> list[str]:
         partial(attend, q, q, q, window | segments, shards),
         partial(attend, q, q, q, GlobalKeys(marked) | GlobalKeys(marked, causal=True), shards),
         partial(attend, q, q, q, window | GlobalKeys(marked), shards, bias=DistanceBias(torch.zeros(H, 3), 1)),
+        partial(attend, q, q, q, segments, shards, bias=DistanceBias(torch.zeros(H, 3), 1)),
+        partial(attend, q, q, q, window, shards, scale=1.0 + rank),
         partial(attend, q, q, q, window | GlobalKeys(marked[:, 1:]), shards),
         partial(attend, q, q, q, window, shards, token_mask=marked.float()),
         partial(SequenceShards, rank),
@@ -179,6 +193,8 @@ def test_what_does_not_fit_is_refused_on_all_ranks(tmp_path):
                 "not united with others",
                 "only one GlobalKeys",
                 "a bias by distance cannot be sharded",
+                "a bias by distance cannot be sharded",
+                "the ranks ask for different things",
                 "GlobalKeys.marked must be Bool",
                 "token_mask must be Bool",
                 r"every rank must hold at least one token; they hold (0, 1)",

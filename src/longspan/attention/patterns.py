@@ -69,7 +69,7 @@ class Pattern:
     def __or__(self, other: Pattern) -> Union:
         if not isinstance(other, Pattern):
             return NotImplemented
-        return Union((*_parts(self), *_parts(other)))
+        return Union((*parts_of(self), *parts_of(other)))
 
 
 @dataclass(frozen=True)
@@ -386,7 +386,8 @@ def _to_json(value: Any) -> str:
     return "null" if value is None else str(value).lower()  # true, false and numbers
 
 
-def _parts(pattern: Pattern) -> tuple[Pattern, ...]:
+def parts_of(pattern: Pattern) -> tuple[Pattern, ...]:
+    """Of a union; of any other pattern, itself."""
     return pattern.parts if isinstance(pattern, Union) else (pattern,)
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from longspan.attention import DilatedSegments, GlobalKeys, Pattern
 from longspan.attention import attend as attend_here
+from longspan.attention.patterns import parts_of
 from longspan.attention.request import DistanceBias
 from longspan.distributed.segments import attend_segments
 from longspan.distributed.shards import SequenceShards
-from longspan.distributed.windows import attend_windows, parts_of
+from longspan.distributed.windows import attend_windows
 
 
 @overload
@@ -63,7 +64,7 @@ def attend(
     whole sequence, but for `GlobalKeys.marked`, which is Bool[B, n]. The rest is as in `longspan.attend`.
     Outputs and gradients are those of one process; that of `bias.values` is this rank's share, to be added up as
     those of other weights are. Raises ValueError on all ranks where their arguments differ, and
-    NotImplementedError for dilated segments united with others, several `GlobalKeys`, and those with a bias.
+    NotImplementedError for dilated segments united with others, several `GlobalKeys`, and either of them with a bias.
     """
     if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != shards.end - shards.start:
         raise ValueError(
@@ -80,7 +81,9 @@ def attend(
     if shards.size > 1:
         learns = any(part.requires_grad for part in (q, k, v)) and torch.is_grad_enabled()
         asked = f"{_described(pattern)} on {q.shape[0]} rows of {q.shape[1]} x {q.shape[3]} {q.dtype}"
-        shards.agree(f"{asked}, mask {token_mask is not None}, bias {bias is not None}, gradients {learns}")
+        given = f"scale {scale}, mask {token_mask is not None}, bias {bias is not None}, gradients {learns}"
+        shards.agree(f"{asked}, {given}")
+        _check_parts(pattern, bias)
         if learns:  # whose exchanges then have a way back on every rank
             k, v = (part if part.requires_grad else part.detach().requires_grad_() for part in (k, v))
     compute = partial(attend_here, scale=scale, bias=bias, backend=backend, return_lse=True)
@@ -89,7 +92,6 @@ def attend(
     elif isinstance(pattern, DilatedSegments):
         out, lse = attend_segments(compute, shards, q, k, v, pattern, token_mask)
     else:
-        _check_parts(pattern, bias)
         out, lse = attend_windows(compute, shards, q, k, v, pattern, token_mask)
     return (out, lse) if return_lse else out
 
@@ -97,13 +99,14 @@ def attend(
 def _check_parts(pattern: Pattern, bias: DistanceBias | None) -> None:
     """NotImplementedError: see `attend`."""
     parts = parts_of(pattern)
-    if any(isinstance(part, DilatedSegments) for part in parts):
+    segments = any(isinstance(part, DilatedSegments) for part in parts)
+    if segments and len(parts) > 1:
         raise NotImplementedError(f"dilated segments can be sharded alone, not united with others; got {pattern!r}")
     marked = sum(isinstance(part, GlobalKeys) for part in parts)
     if marked > 1:
         raise NotImplementedError(f"only one GlobalKeys of a union can be sharded; got {pattern!r}")
-    if marked and bias is not None:
-        raise NotImplementedError("a bias by distance cannot be sharded where GlobalKeys are seen from anywhere")
+    if bias is not None and (marked or segments):
+        raise NotImplementedError("a bias by distance cannot be sharded with GlobalKeys or dilated segments")
 
 
 def _described(pattern: Pattern) -> str:

@@ -82,7 +82,7 @@ def attend_segments(
     if total is None:  # no branch keeps a token of this rank
         wide = torch.promote_types(q.dtype, torch.float32)
         total = _merge(None, (torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=wide)))
-    return exchange.tie(total[0].to(q.dtype)), total[1]
+    return exchange.tie(total[0].to(q.dtype), total[1])
 
 
 class _Piece(NamedTuple):

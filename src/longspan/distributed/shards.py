@@ -122,10 +122,10 @@ class Exchange(NamedTuple):
         parts = iter(self.received.split([prod(shape) for given in self.shapes for shape in given]))
         return [[next(parts).view(shape) for shape in given] for given in self.shapes]
 
-    def tie(self, out: Tensor) -> Tensor:
-        """`out`, whose backward pass sends back the gradients of all that was received, be they all 0: the other ranks
-        wait for them, also where nothing of it was read."""
-        return _Tied.apply(out, self.received) if self.received.requires_grad else out  # type: ignore[return-value]
+    def tie(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, but the backward pass of either sends back the gradients of all that was received, be they all 0:
+        the other ranks wait for them, also where nothing of it was read."""
+        return _Tied.apply(out, lse, self.received) if self.received.requires_grad else (out, lse)  # type: ignore[return-value]
 
 
 class _AllToAll(torch.autograd.Function):
@@ -147,11 +147,11 @@ class _AllToAll(torch.autograd.Function):
 
 class _Tied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, received: Tensor) -> Tensor:
-        ctx.save_for_backward(received)
-        return out.view_as(out)
+    def forward(ctx: Any, out: Tensor, lse: Tensor, received: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.received = received.shape, received.dtype, received.device
+        return out.view_as(out), lse.view_as(lse)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        (received,) = ctx.saved_tensors
-        return grad, torch.zeros_like(received)
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
+        shape, dtype, device = ctx.received
+        return grad_out, grad_lse, torch.zeros(shape, dtype=dtype, device=device)

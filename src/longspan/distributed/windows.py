@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention import GlobalKeys, Pattern, Union
+from longspan.attention.patterns import parts_of
 from longspan.distributed.shards import Exchange, SequenceShards
 
 NOWHERE = -1  # the position of a row that only fills a gap
@@ -61,12 +62,12 @@ def attend_windows(
     if far is not None:
         whole = far.around(whole, needed[shards.rank])
     outer = _attend_rows(compute, q, whole, pattern, [*range(first), *range(last, tokens)])
-    parts = [
+    out, lse = (
         torch.cat([edge[:, :, :first], middle, edge[:, :, first:]], 2)
         for middle, edge in zip(inner, outer, strict=True)
-    ]
-    out = near.exchange.tie(parts[0])
-    return out if far is None else far.exchange.tie(out), parts[1]
+    )
+    out, lse = near.exchange.tie(out, lse)
+    return (out, lse) if far is None else far.exchange.tie(out, lse)
 
 
 def _attend_rows(
@@ -196,10 +197,6 @@ def _send_marked(
     found = exchange.wait()
     positions = [parts[0] for parts in told.wait()]
     return _Far(shards, exchange, [parts[0] for parts in found], [parts[1] for parts in found], positions)
-
-
-def parts_of(pattern: Pattern) -> tuple[Pattern, ...]:
-    return pattern.parts if isinstance(pattern, Union) else (pattern,)
 
 
 def _marked(pattern: Pattern) -> Tensor | None:
