@@ -16,6 +16,17 @@ ALWAYS_INLINE Tokens with_statistics(Tokens queries, const longspan_attention& c
   return queries;
 }
 
+template <class A, class B>
+ALWAYS_INLINE float dot(const A* a, const B* b, int64_t width) {
+  Vector products = {};
+  for (int64_t x = 0; x < width; x += LANES) {
+    const int64_t count = smaller(LANES, width - x);
+    products = count == LANES ? multiply_add(load(a + x), load(b + x), products)
+                              : multiply_add(load_part(a + x, count), load_part(b + x, count), products);
+  }
+  return sum(products);
+}
+
 // Rows are queries. Turns scores and grad_weights, which are grad_out . v, into D.
 template <int64_t ROWS, class Weight>
 NO_INLINE void differentiate_rows(const float* scores, const float* grad_weights, int64_t stride, int64_t columns,
@@ -111,13 +122,18 @@ class QueryGradient {
   void reset(int64_t slot) { memset(grad_q_ + slot * Tiles::ROWS * padded_, 0, Tiles::ROWS * padded_ * sizeof(float)); }
 
   void load(int64_t begin, int64_t count) {
+    constexpr int64_t size = sizeof(typename Tiles::Element);
+    prefetch_rows(*queries_, begin + count, count, lane_->q, call_.q_stride, size, call_.width);
+    prefetch_rows(*queries_, begin + count, count, lane_->grad_out, call_.grad_out_stride, size, call_.width);
+    prefetch_rows(*queries_, begin + count, count, lane_->out, call_.out_stride, call_.out_dtype == LONGSPAN_F32 ? 4 : 2,
+                  call_.width);
     load_block<Tiles>(*queries_, begin, count, lane_->q, call_.q_stride, call_.width, scale_.negative, q_);
     load_block<Tiles>(*queries_, begin, count, lane_->grad_out, call_.grad_out_stride, call_.width, false, grad_out_);
     for (int64_t r = 0; r < Tiles::ROWS; ++r) {
-      const bool shown = r < count && queries_->is_shown(queries_->row(begin + r));
-      const int64_t at = shown ? queries_->row(begin + r) * call_.lse_stride : 0;
-      lse_[r] = shown ? lane_->lse[at] * LOG2_E : INFINITE;
-      delta_[r] = shown ? lane_->delta[at] : 0;
+      const int64_t row = r < count ? queries_->row(begin + r) : 0;
+      const bool shown = r < count && queries_->is_shown(row);
+      lse_[r] = shown ? lane_->lse[row * call_.lse_stride] * LOG2_E : INFINITE;
+      delta_[r] = shown ? find_delta(row) : 0;
     }
   }
 
@@ -143,6 +159,16 @@ class QueryGradient {
   }
 
  private:
+  // Also for the passes over the keys.
+  float find_delta(int64_t row) const {
+    const auto* grad_out = static_cast<const typename Tiles::Element*>(lane_->grad_out) + row * call_.grad_out_stride;
+    const int64_t out = row * call_.out_stride, at = row * call_.lse_stride;
+    float delta = lane_->grad_lse ? -lane_->grad_lse[at] : 0;
+    if (call_.out_dtype == LONGSPAN_F32) delta += dot(grad_out, static_cast<const float*>(lane_->out) + out, call_.width);
+    if (call_.out_dtype == LONGSPAN_BF16) delta += dot(grad_out, static_cast<const bfloat16*>(lane_->out) + out, call_.width);
+    return lane_->delta[at] = delta;
+  }
+
   const longspan_attention& call_;
   const Scale scale_;
   const int64_t padded_;

@@ -156,7 +156,7 @@ bool is_forward_lane(const longspan_attention& call, const longspan_lane& lane) 
 }
 
 bool is_backward_lane(const longspan_attention& call, const longspan_lane& lane) {
-  const bool queries = lane.queries == 0 || (lane.grad_out && lane.lse && lane.delta && lane.grad_q);
+  const bool queries = lane.queries == 0 || (lane.out && lane.grad_out && lane.lse && lane.delta && lane.grad_q);
   return is_lane(call, lane) && queries && (lane.keys == 0 || (lane.grad_k && lane.grad_v));
 }
 
@@ -201,8 +201,8 @@ int longspan_attention_forward(const longspan_attention* call, const longspan_la
 }
 
 int longspan_attention_backward(const longspan_attention* call, const longspan_lane* lanes, int64_t num_lanes) {
-  if (!is_call(call, lanes, num_lanes) || !is_same_or_float(call->grad_dtype, call->dtype) ||
-      !are_lanes(*call, lanes, num_lanes, is_backward_lane)) {
+  if (!is_call(call, lanes, num_lanes) || !is_same_or_float(call->out_dtype, call->dtype) ||
+      !is_same_or_float(call->grad_dtype, call->dtype) || !are_lanes(*call, lanes, num_lanes, is_backward_lane)) {
     return LONGSPAN_BAD_ARGUMENT;
   }
   return current().attention->backward(*call, lanes, num_lanes);
@@ -231,5 +231,5 @@ void longspan_prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-int64_t longspan_interface_version(void) { return 4; }
+int64_t longspan_interface_version(void) { return 5; }
 }

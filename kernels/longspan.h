@@ -53,8 +53,10 @@ typedef struct longspan_lane {
   longspan_bias bias;          // of the band, in steps of `dilation` keys
   longspan_bias extra_bias;    // of the extra keys, in steps of one key
   // Backward only. lse is that of the forward pass over all lanes of a row (of all calls, where calls accumulate).
+  // So is out, which is only read then.
   const void *grad_out;
-  const float *delta;          // sum(grad_out * out) - grad_lse of each row, lse_stride apart
+  const float *grad_lse;       // lse_stride apart; null: 0
+  float *delta;                // becomes sum(grad_out * out) - grad_lse of each row, lse_stride apart; finite before
   void *grad_q, *grad_k, *grad_v;
 } longspan_lane;
 

@@ -145,6 +145,7 @@ struct Lane {
     given.grad_out = grad_out.data();
     given.grad_q = grad_q.data(), given.grad_k = grad_k.data(), given.grad_v = grad_v.data();
     given.lse = lse.data(), given.delta = delta.data();
+    given.grad_lse = grad_lse.empty() ? nullptr : grad_lse.data();
     given.positions = positions.empty() ? nullptr : positions.data();
     given.query_mask = query_mask.empty() ? nullptr : query_mask.data();
     given.key_mask = key_mask.empty() ? nullptr : key_mask.data();
@@ -177,8 +178,7 @@ struct Lane {
       for (int64_t x = 0; x < width; ++x) expected_out[i * width + x] += weights[s] * v(seen[s], x);
     }
     for (int64_t x = 0; x < width; ++x) grad_dot_out += grad_out(i, x) * expected_out[i * width + x];
-    const double shift = grad_dot_out - grad_lse[i];
-    delta[i * call.lse_stride] = static_cast<float>(shift);
+    const double shift = grad_dot_out - (grad_lse.empty() ? 0 : grad_lse[i * call.lse_stride]);
     for (size_t s = 0; s < seen.size(); ++s) {
       const int64_t j = seen[s];
       const double grad_biased = weights[s] * (dot(grad_out, i, v, j) - shift), grad_score = call.scale * grad_biased;
@@ -256,9 +256,10 @@ inline void fill(Lane& lane, const longspan_attention& call, double size, Random
   lane.grad_k = Matrix(keys, call.width, call.grad_k_stride, call.grad_dtype);
   lane.grad_v = Matrix(keys, call.width, call.grad_v_stride, call.grad_dtype);
   lane.lse.assign(queries * call.lse_stride, NAN);
-  lane.delta = lane.lse;
+  if (random.chance(0.5)) lane.grad_lse = lane.lse;
+  lane.delta.assign(lane.lse.size(), 0);
   for (int64_t i = 0; i < queries; ++i) {
-    lane.grad_lse.push_back(static_cast<float>(random.gaussian()));
+    if (!lane.grad_lse.empty()) lane.grad_lse[i * call.lse_stride] = static_cast<float>(random.gaussian());
     if (!lane.query_mask.empty() && !lane.query_mask[i]) continue;
     lane.q.fill_row(i, size, random);
     lane.grad_out.fill_row(i, 1, random);

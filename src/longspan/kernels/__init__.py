@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch  # first: the kernels then share the threads of its OpenMP runtime, which torch.set_num_threads governs
 
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 FILE_NAME = "liblongspan_kernels.so"
 BIAS_MARGIN = 16  # LONGSPAN_BIAS_MARGIN
 HUGE_PAGE = 1 << 21  # bytes
@@ -29,7 +29,7 @@ LANE_FIELDS = (
     *("q", "k", "v", "out", "lse", "queries", "keys", "before", "after", "dilation", "positions"),
     *("query_mask", "key_mask", "extra", "extras", "extra_causal"),
     *(f"{bias}{field}" for bias in ("bias", "extra_bias") for field in ("", "_gradient", "_first", "_count")),
-    *("grad_out", "delta", "grad_q", "grad_k", "grad_v"),
+    *("grad_out", "grad_lse", "delta", "grad_q", "grad_k", "grad_v"),
 )
 
 

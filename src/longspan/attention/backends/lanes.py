@@ -206,7 +206,7 @@ def plan_calls(
             table[:, FIELD[name]] = values
         table[:, FIELD["extra_causal"]] = causal_extra
         some = table[:, FIELD["queries"]] > 0
-        accumulate = number > 0 if any(place.field == "out" for place in layout) else merges(near)
+        accumulate = merges(near) if any(place.field == "grad_q" for place in layout) else number > 0
         settings = _settings(layout, width, scale, part.step, accumulate)
         calls.append(Call(settings, table[some], part.sequences[some], part.first[some, 1]))
     return tuple(calls)

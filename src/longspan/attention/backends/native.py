@@ -136,28 +136,20 @@ def attend_native_backward(
             f"out and its gradient must be {q.dtype} {list(q.shape)} like q; "
             f"got {out.dtype} {list(out.shape)} and {grad_out.dtype} {list(grad_out.shape)}"
         )
-    q, k, v, grad_out = (with_unit_stride(tensor) for tensor in (q, k, v, grad_out))
+    q, k, v, out, grad_out = (with_unit_stride(tensor) for tensor in (q, k, v, out, grad_out))
+    lse = lse.contiguous()
     seen = _look(pattern, tensors, q, k, token_mask, query_positions)
-    delta = _row_products(grad_out, out)
-    if grad_lse is not None:
-        delta -= grad_lse
     merged = merges(seen.near)
     grad_q, grad_k, grad_v = (empty_rows(rows, torch.float32 if merged else q.dtype) for rows in (q, k, v))
     if merged:
         for gradient in (grad_q, grad_k, grad_v):
             gradient.zero_()
-    rows = {"q": q, "k": k, "v": v, "lse": lse.contiguous(), "delta": delta.contiguous(), "grad_out": grad_out}
+    rows = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "delta": torch.zeros_like(lse), "grad_out": grad_out}
+    if grad_lse is not None:
+        rows["grad_lse"] = grad_lse.to(lse.dtype).contiguous()
     rows |= {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
     grad_bias = _compute(rows, seen, scale, _check_bias(bias, ahead, q))
     return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype), grad_bias
-
-
-def _row_products(grad_out: Tensor, out: Tensor) -> Tensor:
-    """The sum of grad_out * out for each row, Float32[B, H, M], some rows at a time: float32 may be twice as large."""
-    rows = max(1, 2**22 // max(1, out[:, :, :1].numel()))
-    parts = zip(grad_out.split(rows, 2), out.split(rows, 2), strict=True)
-    products = [(gradient.float() * part.float()).sum(-1) for gradient, part in parts]
-    return products[0] if len(products) == 1 else torch.cat(products, 2)
 
 
 def _fake_backward(
