@@ -199,9 +199,8 @@ def plan_calls(
     calls = []
     for number, part in enumerate(parts):
         table = np.zeros((len(part.first), len(LANE_FIELDS)), np.int64)
-        for place in layout:
-            by = np.array([place.batch, place.head, place.row]) * place.dtype.itemsize
-            table[:, FIELD[place.field]] = part.first @ by
+        fields, steps = _address_steps(layout)
+        table[:, fields] = part.first @ steps
         for name, values in part.numbers.items():
             table[:, FIELD[name]] = values
         table[:, FIELD["extra_causal"]] = causal_extra
@@ -212,6 +211,15 @@ def plan_calls(
     return tuple(calls)
 
 
+@functools.lru_cache(maxsize=32)
+def _address_steps(layout: tuple[Place, ...]) -> tuple[list[int], np.ndarray]:
+    """The fields of the places, and Int[3, places]: bytes from one batch row, head and token to the next."""
+    steps = [[place.batch, place.head, place.row] for place in layout]
+    sizes = [[place.dtype.itemsize] for place in layout]
+    return [FIELD[place.field] for place in layout], (np.array(steps) * np.array(sizes)).T
+
+
+@functools.lru_cache(maxsize=32)
 def _settings(layout: tuple[Place, ...], width: int, scale: float, step: int, accumulate: bool) -> AttentionCall:
     dtypes = {place.field: DTYPES.get(place.dtype, 0) for place in layout}
     strides = {f"{place.field}_stride": place.row * step for place in layout}
@@ -230,7 +238,7 @@ def _window_lanes(
     near: Pattern | None, heads: int, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, queries: int | None
 ) -> _Lanes:
     """A lane for each sequence and head. `near` None sees no key: the key mask must hide them all."""
-    sequences, head = (index.ravel() for index in np.mgrid[: len(rows), :heads])
+    sequences, head = np.repeat(np.arange(len(rows)), heads), np.tile(np.arange(heads), len(rows))
     lengths = lengths[sequences]
     limit = int(lengths.max(initial=1))  # what reaches further changes nothing, and numbers of 64 bits must hold it
     before = after = limit
@@ -241,7 +249,7 @@ def _window_lanes(
         after = 0
     dilations = (dilations,) * heads if isinstance(dilations, int) else dilations
     return _Lanes(
-        np.stack([rows[sequences], head, starts[sequences]], 1),
+        np.array([rows[sequences], head, starts[sequences]]).T,
         sequences,
         {
             "queries": lengths if queries is None else queries,
