@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longspan.training.runs import fingerprint, in_order, newest_checkpoint, remember, write_whole
+from longspan.inference.run_folder import remember, write_whole
+from longspan.training.runs import fingerprint, in_order, newest_checkpoint
 
 
 def rows(count, seed=0):
@@ -35,6 +36,7 @@ def test_every_process_must_have_left_its_random_state(tmp_path):
     whole = checkpoint(tmp_path, 5, random_states=("rng_state_0.pth", "rng_state_1.pth"))
     checkpoint(tmp_path, 6, random_states=("rng_state_0.pth",))
     assert newest_checkpoint(tmp_path, 2) == whole
+    assert newest_checkpoint(tmp_path, None) == tmp_path / "checkpoint-6"  # of a run that needs none
 
 
 def test_a_run_remembers_its_arguments_and_refuses_others(tmp_path):
@@ -43,6 +45,7 @@ def test_a_run_remembers_its_arguments_and_refuses_others(tmp_path):
     remember(output, {"seed": 0, "sizes": (1, 2)})
     with pytest.raises(ValueError, match=r"other arguments: seed was 0 and is 1; steps was None and is 5. Repeat it"):
         remember(output, {"seed": 1, "sizes": (1, 2), "steps": 5})
+    remember(output, {"seed": 1, "sizes": (1, 2)}, may_differ=("seed",))
     assert json.loads((output / "run.json").read_text()) == {"seed": 0, "sizes": [1, 2]}
 
 

@@ -1,4 +1,4 @@
-"""`longspan answer`: the passages of documents that answer a question."""
+"""`longspan answer`: the passages of documents that answer a question, printed, or for each document of a corpus."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import gc
 import json
 import re
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.corpus import (
+    Address,
+    Engine,
+    EngineOption,
+    IdColumn,
+    Instances,
+    TextColumn,
+    ThreadsPerInstance,
+    read_corpus,
+)
 from longspan.cli.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -35,7 +46,8 @@ def answer(
         list[str] | None,
         typer.Argument(
             metavar="DOCUMENT",
-            help="Text, Markdown or HTML files, or - for standard input. Without any: Python's language reference.",
+            help="Text, Markdown or HTML files, or - for standard input. Without any: Python's language reference. "
+            "With --out: one folder of documents, or a .parquet or .jsonl file with a row a document.",
         ),
     ] = None,
     model: Annotated[
@@ -55,8 +67,53 @@ def answer(
         str | None, typer.Option(help="Text encoding of the documents. Default: UTF-8, or what an HTML page declares.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer from each document by itself, and write a row of each to Parquet in this folder. A run there "
+            "goes on. The options below are for this."
+        ),
+    ] = None,
+    text_column: TextColumn = "text",
+    id_column: IdColumn = None,
+    engine: EngineOption = Engine.local,
+    instances: Instances = None,
+    threads_per_instance: ThreadsPerInstance = 1,
+    address: Address = None,
 ) -> None:
     """Print the passages of the documents that answer the question, best first."""
+    if out is not None:
+        if documents is None or len(documents) != 1 or compare or as_json or threads is not None:
+            raise ValueError(
+                "--out takes one corpus, a folder or a .parquet or .jsonl file, and --threads-per-instance instead of "
+                "--threads; --compare and --json print, and it writes"
+            )
+        from longspan.inference.corpus import Corpus
+        from longspan.inference.corpus_tasks import AnswerEach
+
+        read_corpus(
+            AnswerEach(
+                question=question, model=model, precision=None if precision is None else precision.value, top=top
+            ),
+            Corpus(path=Path(documents[0]), text_column=text_column, id_column=id_column, encoding=encoding),
+            out,
+            engine=engine,
+            instances=instances,
+            threads_per_instance=threads_per_instance,
+            address=address,
+        )
+        return
+    if (text_column, id_column, engine, instances, threads_per_instance, address) != (
+        "text",
+        None,
+        "local",
+        None,
+        1,
+        None,
+    ):
+        raise ValueError(
+            "columns, engine, instances and address are for a corpus: name a folder for its rows with --out"
+        )
     from longspan.inference.documents import default_document, read_document
 
     texts = [read_document(path, encoding=encoding) for path in documents or ()] or [default_document()]

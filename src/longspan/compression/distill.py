@@ -27,10 +27,11 @@ from longspan.compression.teacher_outputs import (
     compute_teacher_outputs,
     hash_of_model,
 )
+from longspan.inference.run_folder import remember
 from longspan.models.convert import as_ours, whole_or_absent
 from longspan.models.evidence import LongspanForEvidence
 from longspan.models.plug_in import PLACES
-from longspan.training.runs import fingerprint, in_order, newest_checkpoint, remember, tensorboard
+from longspan.training.runs import fingerprint, in_order, newest_checkpoint, tensorboard
 from longspan.training.settings import TrainerSettings
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]

@@ -16,10 +16,10 @@ from longspan.compression.distill import Distillation, Evaluate, Rows, distill
 from longspan.compression.prune import Pruning, prune
 from longspan.compression.students import student_of
 from longspan.compression.teacher_outputs import hash_of_model
+from longspan.inference.run_folder import remember, write_whole
 from longspan.models.convert import as_ours, whole_or_absent
 from longspan.models.packed import Precision
 from longspan.models.quantize import quantize_checkpoint
-from longspan.training.runs import remember, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

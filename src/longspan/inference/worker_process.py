@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import logging
 
 import longspan
 from longspan.inference.cores import pin
@@ -32,20 +31,22 @@ SPANS = ("start_logits", "end_logits")  # [B, N]; other outputs [B, n] have a nu
 
 def work(connection: Any, load: Callable[[], Any], cores: Sequence[int], folder: Path) -> None:
     """A worker process: loads the model, then answers requests until its pipe closes."""
+    from transformers.utils import logging  # takes longer than all else here, which Ray's actors import, too
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     pin(cores)
     torch.set_num_threads(len(cores))
     logging.disable_progress_bar()
     models: list[Any] = []
-    connection.send_bytes(_outcome(lambda: models.append(load())))
+    connection.send_bytes(outcome(lambda: models.append(load())))
     gc.freeze()  # the collector need not look through the model again and again
     while models:
         try:
             payload = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_outcome(lambda payload=payload: _run(models[0], payload)))
+        connection.send_bytes(outcome(lambda payload=payload: _run(models[0], payload)))
 
 
 def _end_with_parent(folder: Path) -> None:
@@ -115,7 +116,7 @@ def pack(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _outcome(compute: Callable[[], Any]) -> bytes:
+def outcome(compute: Callable[[], Any]) -> bytes:
     """What `compute` gives or raises, as `unpack` gives or raises it on the other side."""
     try:
         return pack((compute(), None))

@@ -61,7 +61,8 @@ class WorkerCrashed(RuntimeError):
 class WorkerPool:
     """Worker processes that hold the same model, each pinned to its own cores, and compute with it on the CPU.
 
-    model: a transformers or longspan model with any head, the directory or hub name of one, or a `longspan.Reader`.
+    model: a transformers or longspan model with any head, the directory or hub name of one, a `longspan.Reader`, or a
+    `functools.partial` that makes any object when a worker calls it.
     instances: worker processes; None fills the cores that this process may use (its affinity and its control group's
     quota). threads_per_instance: cores of each. precision: as `longspan.accelerate` takes it; None computes with the
     model as it is, or with the reader's precision.
@@ -75,7 +76,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        model: PreTrainedModel | Reader | str | Path,
+        model: PreTrainedModel | Reader | partial[Any] | str | Path,
         *,
         instances: int | None = None,
         threads_per_instance: int = 1,
@@ -297,6 +298,8 @@ def _shares(instances: int | None, threads: int) -> list[list[int]]:
 
 def _loader(model: Any, precision: Precision | None, folder: Path) -> Callable[[], Any]:
     """What a worker calls to get the model. A model object is saved to `folder`."""
+    if isinstance(model, partial):
+        return model
     if isinstance(model, Reader):
         return partial(Reader, model.source, precision=precision or model.precision)
     if isinstance(model, str | Path):

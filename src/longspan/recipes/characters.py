@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from longspan.inference.evidence import native_precision
+from longspan.inference.run_folder import remember, write_whole
 from longspan.models.longformer_lm import LongformerForCausalLM, LongformerLMConfig
 from longspan.models.longnet import LongNetConfig, LongNetForCausalLM
 from longspan.models.text_tokenizers import TEXT8_ALPHABET
@@ -28,7 +29,6 @@ from longspan.tasks.language import bits_of_windows, compressors
 from longspan.training.curriculum import Curriculum, forward_operations
 from longspan.training.curves import draw_curves
 from longspan.training.language import LanguageTraining, TrainedLanguageModel, train_language_model
-from longspan.training.runs import remember, write_whole
 from longspan.training.texts import find_texts
 from longspan.training.token_files import TokenFiles, make_token_files
 

@@ -22,6 +22,7 @@ from longspan.compression.distill import Distillation, Rows, distill
 from longspan.compression.distillation_loss import DistillationLoss
 from longspan.compression.prune import Pruning, prune
 from longspan.inference.reader import BUILT_IN
+from longspan.inference.run_folder import write_whole
 from longspan.models.convert import whole_or_absent
 from longspan.models.evidence import LongspanForEvidence
 from longspan.tasks.evidence import cache_for, evaluate_reader
@@ -29,7 +30,6 @@ from longspan.training.evidence_rows import load_articles
 from longspan.training.packing import PackedRow, batch_rows
 from longspan.training.reader import ReaderTraining, TrainingRows, calibrate, split_rows
 from longspan.training.reading import read_held_out
-from longspan.training.runs import write_whole
 
 CALIBRATION_ROWS = 64
 

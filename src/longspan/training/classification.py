@@ -18,8 +18,9 @@ from safetensors.torch import load_model
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from longspan.inference.run_folder import remember
 from longspan.models.convert import whole_or_absent
-from longspan.training.runs import Features, fingerprint, in_order, newest_checkpoint, remember, tensorboard
+from longspan.training.runs import Features, fingerprint, in_order, newest_checkpoint, tensorboard
 from longspan.training.settings import TrainerSettings
 
 Array = NDArray[Any]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ Features = Sequence[dict[str, Any]]
 STEPS_SORTED_TOGETHER = 64
 
 
-def newest_checkpoint(output: Path, processes: int = 1) -> Path | None:
+def newest_checkpoint(output: Path, processes: int | None = 1) -> Path | None:
     """The newest checkpoint of the Trainer that is whole: it writes trainer_state.json last, a killed run a torso.
 
-    processes: each of several leaves the state of its random numbers beside it.
+    processes: each of several leaves the state of its random numbers beside it. None: of a run that needs none of them.
     """
-    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes or 0)]
     whole = []
     for state in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):
         try:
@@ -36,42 +35,6 @@ def newest_checkpoint(output: Path, processes: int = 1) -> Path | None:
         if all((state.parent / name).is_file() for name in random_states):
             whole.append(state.parent)
     return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-
-
-def remember(output: Path, arguments: dict[str, Any]) -> None:
-    """Writes what decides a run to output/run.json, or compares with what stands there.
-
-    ValueError names the arguments that differ; FileExistsError for a folder that holds something else.
-    """
-    file = output / "run.json"
-    arguments = json.loads(json.dumps(arguments))
-    if file.is_file():
-        before = json.loads(file.read_text())
-        changed = [
-            f"{name} was {before.get(name)!r} and is {arguments.get(name)!r}"
-            for name in sorted({*before, *arguments})
-            if before.get(name) != arguments.get(name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{output} holds a run with other arguments: {'; '.join(changed)}. Repeat it with its own, or name "
-                f"another directory"
-            )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and holds no run to go on with: name another, or remove it first")
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(arguments, indent=2) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file under another name first, so that it is there whole or as it was."""
-    written = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        written.write_text(text, encoding="utf-8")
-        written.replace(file)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def tensorboard(output: Path, newest: Path | None) -> TensorBoardCallback:
