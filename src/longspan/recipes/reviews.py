@@ -21,12 +21,13 @@ from longspan.compression.distill import Distillation, Rows, distill
 from longspan.compression.distillation_loss import DistillationLoss
 from longspan.compression.prune import Pruning, prune
 from longspan.compression.students import student_of
+from longspan.inference.run_folder import write_whole
 from longspan.models.classifiers import Classifier, load_classifier
 from longspan.tasks.measure import Measurement, evaluate_task
 from longspan.tasks.packaged import imdb
 from longspan.tasks.task import Task, tokenize
 from longspan.training.classification import ClassifierTraining, predict_logits, train_classifier
-from longspan.training.runs import fingerprint, write_whole
+from longspan.training.runs import fingerprint
 
 CALIBRATION_ROWS = 512
 
@@ -51,7 +52,7 @@ class Reviews:
     train_rows: reviews whose labels a student learns from first, in label_epochs passes. taught_rows: those of them
     that the teacher then explains, in epochs passes. max_tokens: how much of a review is read everywhere else.
     timed_rows: reviews of the test split on which the teacher is timed; it reads all of them in bf16 for its accuracy.
-    instances: of a student that run side by side, one thread each, in the last rows of the table.
+    instances: of a student that run side by side, one thread each; the other rows have as many threads.
     """
 
     output: str
@@ -69,9 +70,9 @@ class Reviews:
     max_tokens: int = 512
     epochs: float = 3.0
     students: tuple[Student, ...] = (
-        Student(name="3 layers", layers=3),
-        Student(name="3 layers, half pruned", layers=3, pruned=(6, 768)),
-        Student(name="3 layers, pruned to a quarter", layers=3, pruned=(3, 384)),
+        Student(name="6 layers", layers=6),
+        Student(name="6 layers, half pruned", layers=6, pruned=(6, 768)),
+        Student(name="6 layers, pruned to a quarter", layers=6, pruned=(3, 384)),
     )
     instances: int = 2
     seed: int = 0
@@ -132,7 +133,13 @@ def reviews(config: Reviews, *, tell: Callable[[str], None] = lambda _: None) ->
     for name, fixed_length in (("teacher, padded to the longest", config.max_tokens), ("teacher, own length", None)):
         add(
             name,
-            steps.measured(steps.teacher_folder, "huggingface", limit=config.timed_rows, fixed=fixed_length),
+            steps.measured(
+                steps.teacher_folder,
+                "huggingface",
+                limit=config.timed_rows,
+                fixed=fixed_length,
+                threads=config.instances,
+            ),
             accuracy,
         )
     for student, folder in students:
