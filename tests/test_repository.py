@@ -18,15 +18,28 @@ SOURCE = ROOT / "src" / "longspan"
 MAY_IMPORT = {
     "kernels": set(),
     "attention": {"kernels"},
-    "distributed": {"attention"},
+    "distributed": {"models", "attention"},
     "models": {"attention", "kernels"},
+    "planning": {"models", "attention"},
     "inference": {"models", "attention", "kernels"},
-    "training": {"inference", "models", "attention", "kernels"},
+    "training": {"distributed", "inference", "models", "attention", "kernels"},
     "compression": {"training", "inference", "models", "attention", "kernels"},
     "tasks": {"compression", "training", "inference", "models", "attention", "kernels"},
     "recipes": {"tasks", "compression", "training", "inference", "models", "attention", "kernels"},
     "bench": {"inference", "models", "attention", "kernels"},
-    "cli": {"bench", "recipes", "tasks", "compression", "training", "inference", "models", "attention", "kernels"},
+    "cli": {
+        "bench",
+        "planning",
+        "recipes",
+        "tasks",
+        "compression",
+        "training",
+        "distributed",
+        "inference",
+        "models",
+        "attention",
+        "kernels",
+    },
 }
 ANYONE_MAY_IMPORT = {"errors", "__version__"}
 

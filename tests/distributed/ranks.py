@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60.0
+DRAWING = ("matplotlib.pyplot", "torch.utils.tensorboard")  # which the runs of training import, too
 
 
 def on_ranks(world: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What work(rank, *arguments) returns on each rank of a group. AssertionError has the tracebacks of all."""
-    context = get_context("spawn")
+    context = get_context("forkserver")  # one process imports what all others then have
+    context.set_forkserver_preload([__name__, "longspan.training.language", *DRAWING])
     answers = context.SimpleQueue()
     processes = [
         context.Process(target=_run, args=(rank, world, str(folder / "store"), answers, work, arguments), daemon=True)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from longspan import LongformerForCausalLM, LongformerLMConfig, LongNetConfig, LongNetForCausalLM, LongNetModel
 from longspan.attention import SlidingWindow
 from longspan.models.longformer_lm import LongformerLMModel, growing_windows
+from longspan.models.sequence import Place
 
 FAMILIES = ("longformer_lm", "longnet")
 
@@ -185,7 +186,7 @@ def test_deepnorm_scales_residuals_and_weights():
     assert isinstance(decoder.final_norm, torch.nn.Identity)
     bound = gain * math.sqrt(6 / 512)
     assert 0.98 * bound < block.attention.out.weight.abs().max() <= bound
-    x, now = torch.randn(1, 9, 256), decoder._describe(torch.zeros(1, 9, 256), None, None, True)
+    x, now = torch.randn(1, 9, 256), decoder._describe(torch.zeros(1, 9, 256), Place(0, 9, None), None, True)
     pattern = decoder.patterns[0]
     alpha = 8**0.25
     between = block.attention_norm(alpha * x + block.attention(x, pattern, now))

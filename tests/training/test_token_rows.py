@@ -92,3 +92,16 @@ def test_masking_needs_a_tokenizer_that_masks(tokenizer):
         hidden_tokens(byte_tokenizer())
     with pytest.raises(ValueError, match=r"must lie between 0 and 1; got 1\.0"):
         hidden_tokens(tokenizer, 1.0)
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_shards_of_a_batch_are_its_rows_in_stretches(shards):
+    whole, cut = rows(parts=2), TrainingRows(TOKENS, PHASES, next_token(), parts=2, seed=0, shards=shards)
+    assert len(cut) == shards * len(whole)
+    dev, dev_cut = (dev_batches(TOKENS, 16, 4, 200, next_token(), shards=count) for count in (1, shards))
+    for batches, parts in ((whole, cut), (dev, dev_cut)):
+        for item in (0, 1, len(batches) - 1):
+            own = [parts[item * shards + shard] for shard in range(shards)]
+            for name in ("input_ids", "labels"):
+                assert torch.equal(torch.cat([part[name] for part in own], 1), batches[item][name])
+            assert max(len(part["input_ids"][0]) for part in own) - min(len(part["input_ids"][0]) for part in own) <= 1

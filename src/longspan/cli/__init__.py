@@ -11,7 +11,22 @@ import typer
 from typer.core import TyperGroup
 
 from longspan import __version__
-from longspan.cli import answer, bench, convert, distill, evaluate, export, generate, prune, quantize, recipe, train
+from longspan.cli import (
+    answer,
+    bench,
+    classify,
+    convert,
+    distill,
+    embed,
+    evaluate,
+    export,
+    generate,
+    plan,
+    prune,
+    quantize,
+    recipe,
+    train,
+)
 
 
 class _Commands(TyperGroup):
@@ -54,9 +69,12 @@ def _options(
 
 
 app.command("answer")(answer.answer)
+app.command("classify")(classify.classify)
 app.command("convert")(convert.convert)
 app.command("distill")(distill.distill)
+app.command("embed")(embed.embed)
 app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
 app.command("prune")(prune.prune)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)

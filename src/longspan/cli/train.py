@@ -170,6 +170,11 @@ def lm(
     bf16: Annotated[
         bool | None, typer.Option(help="Compute in bfloat16. Default: where the processor has instructions for it.")
     ] = None,
+    sequence_parallel: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that share each row; torchrun starts a multiple of so many."),
+    ] = 1,
+    timeout: Annotated[int, typer.Option(min=1, help="Seconds that a process waits for another one.")] = 60,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the schedule and its cost, and stop.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
     seed: Annotated[
@@ -181,6 +186,7 @@ def lm(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    from longspan.distributed.processes import first_process_first, join_processes, lost_processes_told
     from longspan.recipes.language_models import recipe_of
     from longspan.training.language import LanguageTraining, cost_lines, train_language_model
     from longspan.training.texts import find_texts
@@ -198,9 +204,11 @@ def lm(
         for line in cost_lines(curriculum, chosen.model(vocabulary)):
             typer.echo(line)
         return
-    made = make_token_files(
-        texts, tokens or output.with_name(f"{output.name}-tokens"), kind, vocab_size=vocab_size, tell=_tell
-    )
+    join_processes(timeout)
+    with lost_processes_told(timeout), first_process_first():
+        made = make_token_files(
+            texts, tokens or output.with_name(f"{output.name}-tokens"), kind, vocab_size=vocab_size, tell=_tell
+        )
     settings: dict[str, Any] = chosen.settings | ({} if accumulate is None else {"accumulate": accumulate})
     config = LanguageTraining(
         output=str(output),
@@ -209,6 +217,8 @@ def lm(
         save_steps=save_steps,
         log_steps=log_steps,
         bf16=bf16,
+        sequence_parallel=sequence_parallel,
+        timeout_seconds=timeout,
         seed=seed,
         **settings,
     )

@@ -27,6 +27,7 @@ def attend(
     *,
     token_mask: Tensor | None = ...,
     scale: float | None = ...,
+    dropout: float = ...,
     bias: DistanceBias | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
@@ -41,6 +42,7 @@ def attend(
     *,
     token_mask: Tensor | None = ...,
     scale: float | None = ...,
+    dropout: float = ...,
     bias: DistanceBias | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
@@ -54,6 +56,7 @@ def attend(
     *,
     token_mask: Tensor | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
     bias: DistanceBias | None = None,
     backend: str = "auto",
     return_lse: bool = False,
@@ -61,7 +64,8 @@ def attend(
     """This rank's rows of what `longspan.attend` gives for the whole sequence; all ranks call it together.
 
     q, k, v: [B, H, n, D], of this rank's tokens. token_mask: Bool[B, n], on every rank or on none. pattern: of the
-    whole sequence, but for `GlobalKeys.marked`, which is Bool[B, n]. The rest is as in `longspan.attend`.
+    whole sequence, but for `GlobalKeys.marked`, which is Bool[B, n]. dropout: drawn by each rank's own generator, so
+    seed the ranks differently. The rest is as in `longspan.attend`.
     Outputs and gradients are those of one process; that of `bias.values` is this rank's share, to be added up as
     those of other weights are. Raises ValueError on all ranks where their arguments differ, and
     NotImplementedError for dilated segments united with others, several `GlobalKeys`, and either of them with a bias.
@@ -81,12 +85,12 @@ def attend(
     if shards.size > 1:
         learns = any(part.requires_grad for part in (q, k, v)) and torch.is_grad_enabled()
         asked = f"{_described(pattern)} on {q.shape[0]} rows of {q.shape[1]} x {q.shape[3]} {q.dtype}"
-        given = f"scale {scale}, mask {token_mask is not None}, bias {bias is not None}, gradients {learns}"
-        shards.agree(f"{asked}, {given}")
+        given = f"scale {scale}, dropout {dropout}, mask {token_mask is not None}, bias {bias is not None}"
+        shards.agree(f"{asked}, {given}, gradients {learns}")
         _check_parts(pattern, bias)
         if learns:  # whose exchanges then have a way back on every rank
             k, v = (part if part.requires_grad else part.detach().requires_grad_() for part in (k, v))
-    compute = partial(attend_here, scale=scale, bias=bias, backend=backend, return_lse=True)
+    compute = partial(attend_here, scale=scale, dropout=dropout, bias=bias, backend=backend, return_lse=True)
     if shards.size == 1:
         out, lse = compute(q, k, v, pattern, token_mask=token_mask)
     elif isinstance(pattern, DilatedSegments):

@@ -22,7 +22,8 @@ class SequenceShards:
 
     tokens: of this rank; they may be fewer or more than those of others. group: a process group, a one-dimensional
     DeviceMesh such as mesh["sequence"], or None for all processes.
-    bytes_sent: by this rank to others so far, for keys, values, masks and, in the backward pass, their gradients.
+    bytes_sent: by this rank to others so far, for keys, values, masks, the queries of global rows with their answers
+    and, in the backward pass, their gradients.
     Every rank of the group makes one, at the same time. Raises RuntimeError where torch.distributed was not started,
     ValueError on all ranks where one has no tokens.
     """
@@ -63,10 +64,14 @@ class SequenceShards:
 
     def gather(self, number: int) -> tuple[int, ...]:
         """What each rank gives."""
-        own = torch.tensor([number], device=self.device)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(found, own, group=self.group)
-        return tuple(int(value) for value in found)
+        return tuple(int(value) for value in self.gather_rows(torch.tensor([number])))
+
+    def gather_rows(self, own: Tensor) -> list[Tensor]:
+        """What each rank gives, of the same shape and dtype everywhere. No gradients."""
+        sent = own.detach().contiguous().to(self.device)
+        found = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(found, sent, group=self.group)
+        return [part.to(own.device) for part in found]
 
     def agree(self, description: str) -> None:
         """ValueError on all ranks where their descriptions differ. What has been agreed upon is not asked again."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.attention import GlobalKeys, Pattern, Union
+from longspan.attention import GlobalKeys, Pattern, SlidingWindow, Union
 from longspan.attention.patterns import parts_of
 from longspan.distributed.shards import Exchange, SequenceShards
 
@@ -57,6 +57,8 @@ def attend_windows(
     waits = _ranges_received(shards, needed)
     first = min(tokens, before) if any(low < high for low, high in waits[: shards.rank]) else 0
     last = max(first, tokens - (after if any(low < high for low, high in waits[shards.rank + 1 :]) else 0))
+    if _is_dilated(pattern):
+        first = last = 0  # all rows in one call, which takes one for every key
     inner = _attend_rows(compute, q, here, pattern, range(first, last))  # while the keys of others are on their way
     whole = near.around(own)
     if far is not None:
@@ -79,7 +81,13 @@ def _attend_rows(
     index = torch.tensor(rows, device=q.device)
     if keys.marked is not None:
         pattern = _with_marks(pattern, keys.marked)
-    return compute(q[:, :, index], keys.k, keys.v, pattern, token_mask=keys.mask, query_positions=index + keys.at)
+    at = index + keys.at
+    if not _is_dilated(pattern):
+        return compute(q[:, :, index], keys.k, keys.v, pattern, token_mask=keys.mask, query_positions=at)
+    # Kernels count the steps of a dilation from the first row, and refuse rows that stand anywhere.
+    every = q.new_zeros(*q.shape[:2], keys.k.shape[2], q.shape[3]).index_copy(2, at, q[:, :, index])
+    out, lse = compute(every, keys.k, keys.v, pattern, token_mask=keys.mask)
+    return out[:, :, at], lse[:, :, at]
 
 
 class _Near(NamedTuple):
@@ -207,6 +215,10 @@ def _marked(pattern: Pattern) -> Tensor | None:
 def _with_marks(pattern: Pattern, marked: Tensor) -> Pattern:
     parts = [GlobalKeys(marked, part.causal) if isinstance(part, GlobalKeys) else part for part in parts_of(pattern)]
     return Union(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def _is_dilated(pattern: Pattern) -> bool:
+    return any(isinstance(part, SlidingWindow) and part.dilation != 1 for part in parts_of(pattern))
 
 
 def _reach(pattern: Pattern, total: int) -> tuple[int, int]:

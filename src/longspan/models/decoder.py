@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longspan.attention import DistanceBias, Pattern, attend
+from longspan.attention import DistanceBias, Pattern
 from longspan.attention.positions import DistanceBuckets, RelativeSinusoids, Rotary, Rotation
 from longspan.attention.positions import turn as turn_pairs
 from longspan.models.decoder_cache import DecoderCache, attend_cached
 from longspan.models.encoder import activation
+from longspan.models.sequence import Place, WholeSequence
 
 Positions = Literal["xpos", "rotary", "relative", "bucketed", "none"]
 
@@ -118,11 +119,11 @@ class DecoderConfig:
 class Pass(NamedTuple):
     """What all layers share in one pass.
 
-    token_mask: Bool[B, N]. positions: Long[B, N], counted by tokens, -1 at padding; needed beside a cache only.
-    starts: whether these are the first tokens.
+    positions: Long[B, N], counted by tokens, -1 at padding; needed beside a cache only. starts: whether these are the
+    first tokens.
     """
 
-    token_mask: Tensor | None
+    place: Place
     rotation: Rotation | None
     bias: DistanceBias | None
     cache: DecoderCache | None
@@ -161,7 +162,7 @@ class Attention(nn.Module):
             assert now.positions is not None
             kept = now.cache.update(k, v, self.layer, now.positions)
         if kept is None or now.starts:
-            seen = attend(q, k, v, pattern, token_mask=now.token_mask, **options)
+            seen = now.place.attend(q, k, v, pattern, **options)
         else:
             seen = attend_cached(q, *kept, pattern, **options)
         seen = seen[..., : self.config.head_width].transpose(1, 2).flatten(2)  # [B, N, C]
@@ -200,6 +201,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config, self.patterns = config, config.patterns
+        self.sequence = WholeSequence()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(len(config.patterns)))
         self.buckets = None
         if config.positions == "bucketed":
@@ -215,44 +217,52 @@ class Decoder(nn.Module):
         token_mask: Bool[B, N], True = token. Padding may stand anywhere: a row is computed as if it had none, and what
         comes out at padding is of no use. cache: of the tokens before these, and now of these, too.
         """
-        return self.hidden_states(x, token_mask, cache)[-1]
+        x, now, order = self._begin(x, token_mask, cache)
+        for state in self._states(x, now):  # no two are kept at a time
+            x = state
+        return x if order is None else _take(x, order.argsort(1))
 
     def hidden_states(
         self, x: Tensor, token_mask: Tensor | None = None, cache: DecoderCache | None = None
     ) -> tuple[Tensor, ...]:
         """x itself and the state after every layer; the last one is what `forward` gives (final norm included)."""
+        x, now, order = self._begin(x, token_mask, cache)
+        states = (x, *self._states(x, now))
+        if order is None:
+            return states
+        back = order.argsort(1)
+        return tuple(_take(state, back) for state in states)
+
+    def _begin(
+        self, x: Tensor, token_mask: Tensor | None, cache: DecoderCache | None
+    ) -> tuple[Tensor, Pass, Tensor | None]:
+        """x with its tokens before its padding, what its layers share, and the order Long[B, N], None: as it was."""
         order = None
+        place = self.sequence.place(x, token_mask)
         starts = cache is None or not cache.get_seq_length()
         if cache is not None and cache.patterns != self.patterns:
             raise ValueError(
                 "past_key_values was made for other patterns, such as windows before set_windows(), and may lack what "
                 "these see; begin with an empty one"
             )
-        if starts and token_mask is not None and (token_mask[:, 1:] & ~token_mask[:, :-1]).any():
-            order = (
-                token_mask.logical_not().sort(dim=1, stable=True).indices
-            )  # tokens first, as the patterns count them
-            x, token_mask = _take(x, order), token_mask.gather(1, order)
-        now = self._describe(x, token_mask, cache, starts)
-        states = (x, *self._states(x, now))
-        if cache is not None:
-            cache.tokens += x.shape[1]
-        if order is None:
-            return states
-        back = order.argsort(1)
-        return tuple(_take(state, back) for state in states)
+        if starts and not place.tokens_first():
+            assert place.token_mask is not None
+            order = place.token_mask.logical_not().sort(dim=1, stable=True).indices  # as the patterns count them
+            x = _take(x, order)
+            place.token_mask = place.token_mask.gather(1, order)
+        return x, self._describe(x, place, cache, starts), order
 
-    def _describe(self, x: Tensor, token_mask: Tensor | None, cache: DecoderCache | None, starts: bool) -> Pass:
+    def _describe(self, x: Tensor, place: Place, cache: DecoderCache | None, starts: bool) -> Pass:
         batch, tokens = x.shape[:2]
-        positions = torch.arange(tokens, device=x.device)[None]
+        positions = torch.arange(place.start, place.start + tokens, device=x.device)[None]
         bias = None if self.buckets is None else self.buckets()
         rotation, rotary = None, self.config.rotary
         if cache is not None:
-            positions = cache.positions_of(batch, tokens, token_mask, x.device)
+            positions = cache.positions_of(batch, tokens, place.token_mask, x.device)
         if rotary is not None:
-            origin = rotary.middle(tokens) if cache is None else cache.place_origin(tokens, rotary)
+            origin = rotary.middle(place.total) if cache is None else cache.place_origin(tokens, rotary)
             rotation = rotary.at(positions.clamp(min=0), origin, x.dtype)
-        return Pass(token_mask, rotation, bias, cache, positions if cache is not None else None, starts)
+        return Pass(place, rotation, bias, cache, positions if cache is not None else None, starts)
 
     def _states(self, x: Tensor, now: Pass) -> Iterator[Tensor]:
         for number, (block, pattern) in enumerate(zip(self.blocks, self.patterns, strict=True), 1):
@@ -261,6 +271,8 @@ class Decoder(nn.Module):
             else:
                 x = block(x, pattern, now)
             yield self.final_norm(x) if number == len(self.blocks) else x
+        if now.cache is not None:
+            now.cache.tokens += x.shape[1]
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longspan.attention import Full, GlobalKeys, Pattern, attend, pattern_from_dict
+from longspan.attention import Full, GlobalKeys, Pattern, pattern_from_dict
+from longspan.models.sequence import Place, WholeSequence
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -123,9 +124,14 @@ class GlobalRows(NamedTuple):
     token: Tensor
 
     @classmethod
-    def find(cls, mask: Tensor) -> GlobalRows | None:
+    def find(cls, x: Tensor, mask: Tensor | None, place: Place) -> GlobalRows | None:
+        """Those of x [B, N, C]; none where other ranks have some; None where the whole sequence has none."""
+        if not place.anywhere(mask is not None):
+            return None
+        mask = x.new_zeros(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        mask = mask if place.token_mask is None else mask & place.token_mask
         batch, token = mask.nonzero(as_tuple=True)
-        if not len(batch):
+        if not place.anywhere(bool(len(batch))):
             return None
         counts = mask.sum(1)
         valid = torch.arange(int(counts.max()), device=mask.device) < counts[:, None]  # [B, G]
@@ -171,11 +177,12 @@ class Attention(nn.Module):
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[B, N, parts*H*D] -> `parts` views [B, H, N, D]."""
-        shape = (*projected.shape[:2], -1, self.block.heads, self.block.head_width)
+        heads, width = self.block.heads, self.block.head_width
+        shape = (*projected.shape[:2], projected.shape[2] // (heads * width), heads, width)
         return tuple(part.transpose(1, 2) for part in projected.view(shape).unbind(2))
 
     def forward(
-        self, x: Tensor, token_mask: Tensor | None, global_rows: GlobalRows | None, rotary: Rotary | None, backend: str
+        self, x: Tensor, place: Place, global_rows: GlobalRows | None, rotary: Rotary | None, backend: str
     ) -> Tensor:
         q, k, v = self.split(self.qkv(x))  # [B, H, N, D]
         if rotary is not None:
@@ -185,14 +192,14 @@ class Attention(nn.Module):
         if global_rows is not None and not reaches_all:
             pattern = pattern | GlobalKeys(global_rows.mask)
         dropout = self.dropout if self.training else 0.0
-        seen = attend(q, k, v, pattern, token_mask=token_mask, dropout=dropout, backend=backend)
+        seen = place.attend(q, k, v, pattern, dropout=dropout, backend=backend)
         seen = seen.transpose(1, 2).flatten(2)  # [B, N, H*D]
         if global_rows is not None and (self.qkv_global is not None or not reaches_all):
-            everything = self.see_everything(x, q, k, v, token_mask, global_rows, rotary, dropout)
+            everything = self.see_everything(x, q, k, v, place, global_rows, rotary, dropout)
             seen = seen.index_put((global_rows.batch, global_rows.token), everything)
         return self.out(seen)
 
-    def see_everything(self, x, q, k, v, token_mask, global_rows: GlobalRows, rotary, dropout) -> Tensor:
+    def see_everything(self, x, q, k, v, place: Place, global_rows: GlobalRows, rotary, dropout) -> Tensor:
         """What the global tokens read from the whole row, [T, H*D]; only their G rows are computed."""
         rows = global_rows.rows
         if self.qkv_global is None:
@@ -206,7 +213,7 @@ class Attention(nn.Module):
             if rotary is not None:
                 k = rotary.turn(k)
                 q = rotary.take(rows).turn(q)
-        out = attend(q, k, v, Full(), token_mask=token_mask, query_positions=rows, dropout=dropout)
+        out = place.attend_all(q, k, v, rows, dropout=dropout)
         return out.transpose(1, 2).flatten(2)[global_rows.valid]
 
 
@@ -227,14 +234,12 @@ class Block(nn.Module):
         self.activation = activation(config.activation)
 
     def forward(
-        self, x: Tensor, token_mask: Tensor | None, global_rows: GlobalRows | None, rotary: Rotary | None, backend: str
+        self, x: Tensor, place: Place, global_rows: GlobalRows | None, rotary: Rotary | None, backend: str
     ) -> Tensor:
         if self.config.norm == "post":
-            x = self.attention_norm(
-                x + self.attention_drop(self.attention(x, token_mask, global_rows, rotary, backend))
-            )
+            x = self.attention_norm(x + self.attention_drop(self.attention(x, place, global_rows, rotary, backend)))
             return self.ffn_norm(x + self.ffn_drop(self.feed_forward(x)))
-        x = x + self.attention_drop(self.attention(self.attention_norm(x), token_mask, global_rows, rotary, backend))
+        x = x + self.attention_drop(self.attention(self.attention_norm(x), place, global_rows, rotary, backend))
         return x + self.ffn_drop(self.feed_forward(self.ffn_norm(x)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -251,6 +256,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
+        self.sequence = WholeSequence()
         self.blocks = nn.ModuleList(Block(config, block) for block in config.blocks)
         self.final_norm = _norm(config) if config.norm == "pre" else nn.Identity()
         self.gradient_checkpointing = False  # a PreTrainedModel around it turns it on and sets the function below
@@ -288,17 +294,16 @@ class Encoder(nn.Module):
         return (x, *self._states(x, token_mask, global_mask, position_ids, backend))
 
     def _states(self, x, token_mask, global_mask, position_ids, backend) -> Iterator[Tensor]:
-        global_rows = None
-        if global_mask is not None:
-            global_rows = GlobalRows.find(global_mask if token_mask is None else global_mask & token_mask)
+        place = self.sequence.place(x, token_mask)
+        global_rows = GlobalRows.find(x, global_mask, place)
         if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+            position_ids = torch.arange(place.start, place.start + x.shape[1], device=x.device)[None]
         rotaries: dict[tuple[int, float | None], Rotary] = {}
         for number, (described, block) in enumerate(zip(self.config.blocks, self.blocks, strict=True), 1):
             width, theta = described.head_width, described.rope_theta
             if theta is not None and (width, theta) not in rotaries:
                 rotaries[width, theta] = Rotary.at(position_ids, width, theta, x.dtype)
-            inputs = (x, token_mask, global_rows, rotaries.get((width, theta)), backend)
+            inputs = (x, place, global_rows, rotaries.get((width, theta)), backend)
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(block, *inputs)
             else:

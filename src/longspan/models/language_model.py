@@ -22,6 +22,7 @@ from longspan.attention import Pattern
 from longspan.attention.positions import DistanceBuckets, RelativeSinusoids
 from longspan.models.decoder import Block, Decoder, DecoderConfig
 from longspan.models.decoder_cache import DecoderCache
+from longspan.models.sequence import WholeSequence
 
 
 class StackConfig(PreTrainedConfig):
@@ -249,6 +250,13 @@ class StackModel(StackPreTrainedModel):
                 f"past_key_values must be the DecoderCache that an earlier call of this model gave, or None; "
                 f"got {type(given).__name__}"
             )
+        if not self.decoder.sequence.can_grow:
+            if use_cache or given is not None:
+                raise NotImplementedError(
+                    "a sequence that lies on several ranks is not continued token by token: give neither use_cache nor "
+                    "past_key_values, and call generate() on a model that was not sharded"
+                )
+            return None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if not use_cache and given is None:
@@ -310,6 +318,9 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
         labels: usually the input ids; they are shifted here, and -100 counts for nothing. logits_to_keep: only those of
         so many last tokens, 0 for all, or of the tokens with these numbers. num_items_in_batch: what the summed loss is
         divided by, the number of labels by default. The rest is explained at the base model.
+
+        Of a sequence on several ranks the loss is that of all of it, on every rank. With num_items_in_batch, which the
+        caller counted on all ranks, it is this rank's share: the shares' sum is the loss.
         """
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
@@ -332,7 +343,7 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
                     f"labels must be [B, N] = {list(logits.shape[:2])}, one for each token with logits; "
                     f"got {list(labels.shape)}"
                 )
-            loss = _next_token_loss(logits, labels, num_items_in_batch)
+            loss = _next_token_loss(logits, labels, num_items_in_batch, self.model.decoder.sequence)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
@@ -351,10 +362,11 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = self.model.new_cache()
 
 
-def _next_token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+def _next_token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None, sequence: WholeSequence) -> Tensor:
     """In float32 or wider; 0 where no token has another before it."""
-    logits = logits[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten().to(logits.device)
+    targets = sequence.following(labels.to(logits.device))
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    summed = F.cross_entropy(wide, targets, reduction="sum")
-    return summed / ((targets != -100).sum().clamp(min=1) if items is None else items)
+    summed = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
+    if items is not None:
+        return summed / items
+    return sequence.total(summed) / sequence.total((targets != -100).sum()).clamp(min=1)

@@ -7,27 +7,41 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from longspan.distributed import shard, unshard
+from longspan.distributed.processes import (
+    check_same_everywhere,
+    first_process_first,
+    join_processes,
+    lost_processes_told,
+)
 from longspan.inference.evidence import native_precision
+from longspan.inference.run_folder import remember
 from longspan.models.convert import whole_or_absent
 from longspan.training.curriculum import Curriculum, set_windows
 from longspan.training.curves import draw_curves, require_matplotlib
-from longspan.training.runs import newest_checkpoint, remember, tensorboard
+from longspan.training.memory import forget_peak_memory, peak_memory_gib
+from longspan.training.runs import newest_checkpoint, tensorboard
 from longspan.training.settings import trainer_arguments
 from longspan.training.token_files import TokenFiles
 from longspan.training.token_rows import Objective, TrainingRows, dev_batches, next_token
+
+# Of the settings, what changes no step: a run may go on with others.
+UNIMPORTANT = ("output", "log_steps", "sequence_parallel", "timeout_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +54,8 @@ class LanguageTraining:
     dev_tokens: how much of the dev split is read every evaluate_steps, in rows of dev_length tokens (None: as long as
     those of the last phase). The rows are read by themselves: the figure of `longspan evaluate lm` is better.
     bf16: autocast; None for where the processor has instructions for it.
+    sequence_parallel: processes that share each row, a stretch of its tokens each; all processes are groups of so many.
+    timeout_seconds: how long a process waits for another.
     """
 
     output: str
@@ -56,10 +72,13 @@ class LanguageTraining:
     log_steps: int = 20
     gradient_checkpointing: bool = False
     bf16: bool | None = None
+    sequence_parallel: int = 1
+    timeout_seconds: int = 60
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("accumulate", "dev_tokens", "evaluate_steps", "save_steps", "log_steps"):
+        numbers = ("accumulate", "dev_tokens", "evaluate_steps", "save_steps", "log_steps")
+        for name in (*numbers, "sequence_parallel", "timeout_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not self.max_grad_norm > 0:
@@ -101,14 +120,40 @@ def train_language_model(
     model: any model of transformers or ours whose forward takes `input_ids` and `labels` and gives `loss`. It holds the
     trained weights afterwards. objective: None for `next_token()`. finish: what is done to the model after training.
     tell: is called with a line for each phase before the run, and with one for each entry of the log.
-    Under torchrun or `accelerate launch` every process takes its share of each step.
-    Raises ValueError for text that is shorter than a row, windows that the model lacks and a folder with another run,
-    FileExistsError for a folder with something else, ImportError where `pip install longspan[train]` is missing.
+    Under torchrun or `accelerate launch` every process takes its share of each step. The loss is that of one process,
+    and a run goes on with any number of them.
+    Raises ValueError for text that is shorter than a row, windows that the model lacks, processes that do not fit and a
+    folder with another run, NotImplementedError for a model whose rows cannot be shared, FileExistsError for a folder
+    with something else, ConnectionError where another process is gone, ImportError where `pip install longspan[train]`
+    is missing.
     """
     require_matplotlib()
-    objective = objective or next_token()
+    join_processes(config.timeout_seconds)
+    with lost_processes_told(config.timeout_seconds):
+        return _train(model, tokens, config, objective or next_token(), finish, tell)
+
+
+def _train(
+    model: Any,
+    tokens: TokenFiles,
+    config: LanguageTraining,
+    objective: Objective,
+    finish: Callable[[Any], None],
+    tell: Callable[[str], None],
+) -> TrainedLanguageModel:
     curriculum, output = config.curriculum, Path(config.output)
-    arguments = _arguments(config, model)
+    arguments = _arguments(config, model, objective)
+    decides = {name: value for name, value in asdict(config).items() if name not in UNIMPORTANT}
+    decides |= {
+        "bf16": arguments.bf16,
+        "processes": arguments.world_size,
+        "model": _described(model),
+        "objective": objective.counted,
+        "text": tokens.fingerprint,
+    }
+    check_same_everywhere(decides | {"sequence_parallel": config.sequence_parallel})
+    _check_processes(config, arguments.world_size)
+    shares = arguments.world_size // config.sequence_parallel  # of a step's rows
     if config.gradient_checkpointing:  # which newer releases of transformers call so
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     # Every item is a whole batch, because the phases' batches differ in shape.
@@ -117,13 +162,16 @@ def train_language_model(
         tokens.splits["train"],
         curriculum,
         objective,
-        parts=config.accumulate * arguments.world_size,
+        parts=config.accumulate * shares,
         seed=config.seed,
+        shards=config.sequence_parallel,
     )
     last = curriculum.phases[-1]
     length = config.dev_length or last.length
-    dev_rows = max(1, last.batch * last.length // (length * config.accumulate * arguments.world_size))
-    dev = dev_batches(tokens.splits["dev"], length, dev_rows, config.dev_tokens, objective)
+    dev_rows = max(1, last.batch * last.length // (length * config.accumulate * shares))
+    dev = dev_batches(
+        tokens.splits["dev"], length, dev_rows, config.dev_tokens, objective, shards=config.sequence_parallel
+    )
     causal = objective.added == 0
     share = len(tokens.splits["dev"]) / tokens.units["dev"] if causal else 1.0
     trainer = _LanguageTrainer(
@@ -134,24 +182,15 @@ def train_language_model(
         train_dataset=rows,
         eval_dataset=dev,  # pyright: ignore[reportArgumentType]
         data_collator=lambda items: items[0],
-        callbacks=[_Phases(curriculum)],
+        callbacks=[_Phases(curriculum, config.seed)],
     )
     for talkative in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(talkative)
     done = output / "model" / "training.json"
-    unimportant = ("output", "log_steps")
-    decides = {name: value for name, value in asdict(config).items() if name not in unimportant}
-    decides |= {
-        "bf16": arguments.bf16,
-        "processes": arguments.world_size,
-        "model": _described(model),
-        "objective": objective.counted,
-        "text": tokens.fingerprint,
-    }
     with arguments.main_process_first(local=False):
-        remember(output, decides)
+        remember(output, decides, may_differ=("processes",))
     if not done.is_file():
-        newest = newest_checkpoint(output, arguments.world_size)
+        newest = newest_checkpoint(output, None)
         if trainer.is_world_process_zero():
             for line in cost_lines(curriculum, model):
                 tell(line)
@@ -160,11 +199,18 @@ def train_language_model(
             trainer.add_callback(tensorboard(output, newest))
             unit = tokens.unit if causal else objective.counted
             trainer.add_callback(_Progress(curriculum, unit, tell))
-        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        if trainer.is_world_process_zero():
-            finish(model)
-            _write(trainer, tokens, config, decides, causal, objective.counted)
-        trainer.accelerator.wait_for_everyone()
+        if config.sequence_parallel > 1:
+            wait = timedelta(seconds=config.timeout_seconds)
+            groups: Any = dist.new_subgroups(config.sequence_parallel, timeout=wait)
+            shard(model, groups[0])
+        try:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        finally:
+            unshard(model)
+        with first_process_first():
+            if trainer.is_world_process_zero():
+                finish(model)
+                _write(trainer, tokens, config, decides, causal, objective.counted)
     load_model(model, output / "model" / SAFE_WEIGHTS_NAME)
     if last.windows is not None:
         set_windows(model, last.windows)
@@ -195,36 +241,13 @@ def cost_lines(curriculum: Curriculum, model: Any) -> list[str]:
     return lines
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that the process had resident since `forget_peak_memory`, or that it held on its GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux: since the process began
-        import resource
-
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most / (2**30 if sys.platform == "darwin" else 2**20)
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**20
-
-
-def forget_peak_memory(device: torch.device) -> None:
-    """Begins to measure anew, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
 class _LanguageTrainer(Trainer):
     """Logs bits, speed and memory."""
 
     def __init__(self, *, bits: float, curriculum: Curriculum, **kwargs: Any):
         super().__init__(**kwargs)
+        # All labels count that are not -100: objectives hide the first of a row, not those of its later parts.
+        self._loss_shifts_labels = False
         self.bits, self.curriculum = bits, curriculum
         self.read, self.since = 0, time.perf_counter()
 
@@ -265,14 +288,17 @@ class _LanguageTrainer(Trainer):
 
 
 class _Phases(TrainerCallback):
-    """The model's windows are those of the step's phase, and what a checkpoint would cut in two is logged before it."""
+    """The model's windows are those of the step's phase, what dropout draws is decided by the seed, the step and the
+    process, and what a checkpoint would cut in two is logged before it."""
 
-    def __init__(self, curriculum: Curriculum):
-        self.curriculum = curriculum
+    def __init__(self, curriculum: Curriculum, seed: int):
+        self.curriculum, self.seed = curriculum, seed
         self.windows: tuple[int, ...] | None = None
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._set(state.global_step, model)
+        drawn = np.random.SeedSequence((self.seed, state.global_step, args.process_index)).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0] >> 1))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._set(min(state.global_step, self.curriculum.steps - 1), model)
@@ -308,7 +334,21 @@ class _Progress(TrainerCallback):
         )
 
 
-def _arguments(config: LanguageTraining, model: Any) -> TrainingArguments:
+def _check_processes(config: LanguageTraining, processes: int) -> None:
+    """ValueError where the processes make no groups of `sequence_parallel`, or a row is too short for one."""
+    size = config.sequence_parallel
+    if processes % size:
+        raise ValueError(
+            f"sequence_parallel is {size}, so the number of processes must be a multiple of {size}; this run has "
+            f"{processes}. Start it with `torchrun --nproc-per-node {size}`, for example"
+        )
+    lengths = [phase.length for phase in config.curriculum.phases]
+    shortest = min(lengths if config.dev_length is None else [*lengths, config.dev_length])
+    if shortest < size:
+        raise ValueError(f"sequence_parallel is {size}, but there are rows of {shortest} tokens, fewer than processes")
+
+
+def _arguments(config: LanguageTraining, model: Any, objective: Objective) -> TrainingArguments:
     return trainer_arguments(
         config.output,
         per_device_train_batch_size=1,
@@ -329,6 +369,8 @@ def _arguments(config: LanguageTraining, model: Any) -> TrainingArguments:
         logging_steps=config.log_steps,
         disable_tqdm=True,
         seed=config.seed,
+        ddp_timeout=config.timeout_seconds,
+        ddp_find_unused_parameters=objective.added > 0,  # masked models' global projections, where no token is global
     )
 
 

@@ -77,16 +77,19 @@ def hidden_tokens(tokenizer: Any, share: float = 0.15) -> Objective:
 class TrainingRows(Dataset):
     """All batches of a run, `parts` of them a step. Item: what the model's forward takes.
 
+    shards: items that a batch is cut into along its rows, one after the other: those of the processes that compute it.
     In a phase every stretch of `length` tokens comes once before any comes again; passes begin at different tokens, so
     that rows are cut elsewhere. ValueError for a text that is shorter than a row, or steps that parts do not divide.
     """
 
-    def __init__(self, tokens: Array, curriculum: Curriculum, objective: Objective, *, parts: int, seed: int):
+    def __init__(
+        self, tokens: Array, curriculum: Curriculum, objective: Objective, *, parts: int, seed: int, shards: int = 1
+    ):
         for number, phase in enumerate(curriculum.phases):
             if phase.batch % parts:
                 raise ValueError(
                     f"phase {number + 1} has {phase.batch} rows a step, which {parts} batches (those accumulated, "
-                    f"times processes) do not divide"
+                    f"times processes with rows of their own) do not divide"
                 )
             if len(tokens) < phase.length:
                 raise ValueError(
@@ -94,21 +97,22 @@ class TrainingRows(Dataset):
                     f"{phase.length:,}: give more text, or shorter rows"
                 )
         self.tokens, self.curriculum, self.objective = tokens, curriculum, objective
-        self.parts, self.seed = parts, seed
+        self.parts, self.seed, self.shards = parts, seed, shards
         self._pass: tuple[Any, Array] | None = None
 
     def __len__(self) -> int:
-        return self.curriculum.steps * self.parts
+        return self.curriculum.steps * self.parts * self.shards
 
     def __getitem__(self, index: int) -> Batch:
-        step, part = divmod(int(index), self.parts)
+        index, shard = divmod(int(index), self.shards)
+        step, part = divmod(index, self.parts)
         number, phase, step = self.curriculum.at(step)
         rows = phase.batch // self.parts
         first = step * phase.batch + part * rows
         starts = [self._start(number, phase.length - self.objective.added, row) for row in range(first, first + rows)]
         length = phase.length - self.objective.added
         ids = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
-        return self.objective.make(torch.from_numpy(ids), self.seed * 1_000_003 + int(index))
+        return _cut(self.objective.make(torch.from_numpy(ids), self.seed * 1_000_003 + index), self.shards)[shard]
 
     def _start(self, phase: int, length: int, row: int) -> int:
         """Where row number `row` of a phase begins."""
@@ -122,8 +126,11 @@ class TrainingRows(Dataset):
         return int(self._pass[1][place])
 
 
-def dev_batches(tokens: Array, length: int, rows: int, most: int, objective: Objective) -> list[Batch]:
-    """The beginning of a split in rows of `length`, about `most` tokens of it, as batches of `rows` rows."""
+def dev_batches(
+    tokens: Array, length: int, rows: int, most: int, objective: Objective, *, shards: int = 1
+) -> list[Batch]:
+    """The beginning of a split in rows of `length`, about `most` tokens of it, as batches of `rows` rows, each of them
+    in as many items as `TrainingRows` makes of one."""
     inside = length - objective.added
     count = min(len(tokens), max(most, length)) // inside
     if not count:
@@ -131,4 +138,10 @@ def dev_batches(tokens: Array, length: int, rows: int, most: int, objective: Obj
     rows = min(rows, count)
     count -= count % rows
     ids = torch.from_numpy(np.asarray(tokens[: count * inside], np.int64).reshape(-1, rows, inside))
-    return [objective.make(part, number) for number, part in enumerate(ids)]
+    return [cut for number, part in enumerate(ids) for cut in _cut(objective.make(part, number), shards)]
+
+
+def _cut(batch: Batch, shards: int) -> list[Batch]:
+    """A batch in parts along its rows, as equal as they can be."""
+    cut = {name: rows.tensor_split(shards, 1) for name, rows in batch.items()}
+    return [{name: parts[shard] for name, parts in cut.items()} for shard in range(shards)]
