@@ -16,6 +16,7 @@ from longspan.models.convert import (
     to_hugging_face_longformer,
     to_long,
 )
+from longspan.models.sequence import WholeSequence
 
 SHORT = ("bert", "roberta", "distilbert")
 OFFSET = {"bert": 0, "roberta": 2, "distilbert": 0}
@@ -103,7 +104,7 @@ def test_window_is_the_total_of_both_sides():
     model = tiny_model("bert")
     long = to_long(model, max_tokens=100, window=8)
     x = torch.randn(1, 100, 24, requires_grad=True)
-    long.encoder.blocks[0](x, None, None, None, "auto")[0, 50].sum().backward()
+    long.encoder.blocks[0](x, WholeSequence().place(x, None), None, None, "auto")[0, 50].sum().backward()
     assert x.grad[0].abs().sum(1).nonzero()[:, 0].tolist() == list(range(46, 55))
 
 

@@ -104,10 +104,10 @@ class CharacterCase:
 
 @contextmanager
 def attending(way: Attention) -> Iterator[None]:
-    """The decoder's attention is computed that way."""
-    from longspan.models import decoder
+    """The attention of our models is computed that way."""
+    from longspan.models import sequence
 
-    with patch.object(decoder, "attend", way):
+    with patch.object(sequence, "attend", way):
         yield
 
 

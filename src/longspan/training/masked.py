@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longspan.distributed.processes import first_process_first, join_processes
 from longspan.models.convert import load_as_ours, load_tokenizer, recopy_global_projections
 from longspan.models.encoder import Attention
 from longspan.models.heads import LongspanForMaskedLM
@@ -74,7 +75,9 @@ def train_masked(config: MaskedTraining, *, tell: Callable[[str], None] = lambda
         )
     output = Path(config.output)
     folder = config.tokens or output.with_name(f"{output.name}-tokens")
-    tokens = make_token_files(find_texts(config.data), folder, tokenizer, tell=tell)
+    join_processes()
+    with first_process_first():
+        tokens = make_token_files(find_texts(config.data), folder, tokenizer, tell=tell)
     warmup = min(500, config.steps // 10) if config.warmup_steps is None else config.warmup_steps
     phase = Phase(
         steps=config.steps,
