@@ -21,7 +21,7 @@ class Engine(str, Enum):
 
 
 CORPUS_HELP = (
-    "Folder of text, Markdown and HTML files; or a .parquet or .jsonl file with a row a document, or a folder."
+    "Folder of text, Markdown and HTML files; or a .parquet or .jsonl file with a row a document, or a folder of such."
 )
 CorpusPath = Annotated[Path, typer.Argument(metavar="CORPUS", help=CORPUS_HELP)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the rows, in Parquet. A run there goes on.")]

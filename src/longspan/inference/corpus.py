@@ -16,8 +16,6 @@ from longspan.inference.documents import read_document
 
 PARQUET, JSON_LINES = (".parquet",), (".jsonl", ".ndjson")
 ROWS_READ_TOGETHER = 16  # of a Parquet file; a row can be a book
-
-
 CHUNK_DOCUMENTS, CHUNK_CHARS = 16, 250_000  # what a worker takes at a time; a longer document goes by itself
 
 
