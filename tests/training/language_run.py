@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from longspan.models.longformer_lm import LongformerForCausalLM, LongformerLMConfig
-from longspan.training import language
 from longspan.training.curriculum import Curriculum, Phase
 from longspan.training.language import LanguageTraining, TrainedLanguageModel, train_language_model
+from longspan.training.language_trainer import LanguageTrainer
 from longspan.training.texts import find_texts
 from longspan.training.token_files import TokenFiles, load_token_files, make_token_files
 
@@ -69,15 +69,14 @@ def run(output: Any, tokens: Any, **changes: Any) -> tuple[TrainedLanguageModel,
 
 def kill_at(step: int) -> None:
     """From now on a Trainer's process dies before it computes that step, as by kill -9."""
-    trainer: Any = language._LanguageTrainer
-    whole = trainer.training_step
+    whole = LanguageTrainer.training_step
 
     def training_step(self: Any, *inputs: Any, **named: Any) -> Any:
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, *inputs, **named)
 
-    trainer.training_step = training_step
+    LanguageTrainer.training_step = training_step
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from tests.training.language_run import SETTINGS, kill_at, small_model
 
 from longspan.recipes import language_models
 from longspan.recipes.language_models import LanguageRecipe, tiny_stages
-from longspan.training import language
 from longspan.training.language import LanguageTraining, train_language_model
+from longspan.training.language_trainer import LanguageTrainer
 from longspan.training.token_files import load_token_files
 
 
@@ -25,8 +25,16 @@ class Stopped(Exception):
     """A run that was stopped before its end."""
 
 
-def train(rank: int, world: int, output: str, tokens: str, changes: dict[str, Any], stop: int | None = None) -> Any:
-    """The run's history, or what was wrong with it. Stops on all ranks before step `stop`."""
+def train(
+    rank: int,
+    world: int,
+    output: str,
+    tokens: str,
+    changes: dict[str, Any],
+    stop: int | None = None,
+    give_model: bool = False,
+) -> Any:
+    """The run's history, or its model, or what was wrong with it. Stops on all ranks before step `stop`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost"}
     if stop is not None:
@@ -41,21 +49,21 @@ def train(rank: int, world: int, output: str, tokens: str, changes: dict[str, An
     own |= changes.get("last_rank", {}) if rank == world - 1 else {}
     config = LanguageTraining(output=output, **SETTINGS | {"bf16": False, "dev_length": 16} | own)
     try:
-        return train_language_model(model, files, config).history
+        history = train_language_model(model, files, config).history
+        return model if give_model else history
     except (ValueError, OSError, Stopped) as error:
         return f"{type(error).__name__}: {error}"
 
 
 def stop_at(step: int) -> None:
-    trainer: Any = language._LanguageTrainer
-    whole = trainer.training_step
+    whole = LanguageTrainer.training_step
 
     def training_step(self: Any, *inputs: Any, **named: Any) -> Any:
         if self.state.global_step == step:
             raise Stopped(f"before step {step}")
         return whole(self, *inputs, **named)
 
-    trainer.training_step = training_step
+    LanguageTrainer.training_step = training_step
 
 
 def train_and_die(output: str, tokens: str, rank_to_kill: int, step: int) -> Any:

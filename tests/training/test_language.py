@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from longspan.models.text_tokenizers import encode
 from longspan.training.curriculum import Curriculum, Phase
 from longspan.training.language import LanguageTraining, train_language_model
+from longspan.training.language_trainer import LanguageTrainer
 
 ROOT = Path(__file__).parents[2]
 MACHINE = ("tokens_per_second", "memory_gib", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -72,16 +73,14 @@ def test_a_run_killed_by_signal_9_goes_on_with_the_same_loss_curve(step, tokens,
 
 
 def test_phases_have_their_windows_rows_and_learning_rates(tokens, tmp_path, monkeypatch):
-    from longspan.training import language
-
     seen = []
-    whole = language._LanguageTrainer.training_step
+    whole = LanguageTrainer.training_step
 
     def training_step(self, model, inputs, *rest):
         seen.append((model.config.windows, tuple(inputs["input_ids"].shape), self.optimizer.param_groups[0]["lr"]))
         return whole(self, model, inputs, *rest)
 
-    monkeypatch.setattr(language._LanguageTrainer, "training_step", training_step)
+    monkeypatch.setattr(LanguageTrainer, "training_step", training_step)
     done, model, _ = run(tmp_path / "run", tokens)
     steps = seen[::2]  # of two accumulated batches
     assert [(windows, shape) for windows, shape, _ in steps] == [((2, 4), (2, 16))] * 8 + [((4, 8), (1, 32))] * 4
@@ -203,3 +202,9 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 def test_history_is_json(finished):
     assert json.loads((finished[0].model / "training.json").read_text())["unit"] == "character"
+
+
+def test_sharded_weights_need_processes_that_were_started_together(tokens, tmp_path):
+    with pytest.raises(ValueError, match=r"shard_weights is for processes that share.*torchrun"):
+        run(tmp_path / "run", tokens, shard_weights=True)
+    assert not (tmp_path / "run").exists()

@@ -51,20 +51,38 @@ def same_curve(found, expected):
         (3, {"sequence_parallel": 3, "gradient_checkpointing": True}),  # rows of 16 and 32 tokens
         (2, {"accumulate": 1}),
         (4, {"sequence_parallel": 2, "accumulate": 1}),
+        (2, {"accumulate": 1, "shard_weights": True}),
+        (4, {"sequence_parallel": 2, "accumulate": 1, "shard_weights": True, "gradient_checkpointing": True}),
     ],
-    ids=["a row on three", "rows on two", "both"],
+    ids=["a row on three", "rows on two", "both", "weights on two", "all on four"],
 )
 def test_several_processes_have_the_loss_curve_of_one(world, changes, tokens, alone, tmp_path):
     same_curve(trained(world, tmp_path, tokens, changes), alone)
 
 
-def test_a_run_goes_on_with_other_processes(tokens, alone, tmp_path):
-    assert trained(2, tmp_path, tokens, {"sequence_parallel": 2}, stop=4) == "Stopped: before step 4"
-    assert trained(1, tmp_path, tokens, {"sequence_parallel": 1}, stop=7) == "Stopped: before step 7"
-    found = trained(3, tmp_path, tokens, {"sequence_parallel": 3})
-    same_curve(found, alone)
+@pytest.mark.parametrize("shard_weights", [False, True], ids=["whole weights", "sharded weights"])
+def test_a_run_goes_on_with_other_processes(shard_weights, tokens, alone, tmp_path):
+    def on(world, stop=None):
+        changes = {"sequence_parallel": world, "shard_weights": shard_weights}
+        return trained(world, tmp_path, tokens, changes, stop)
+
+    assert on(2, stop=4) == "Stopped: before step 4"
+    assert on(1, stop=7) == "Stopped: before step 7"
+    same_curve(on(3), alone)
     written_by_three = [path.parent.name for path in (tmp_path / "run").glob("checkpoint-*/rng_state_2.pth")]
     assert sorted(written_by_three) == ["checkpoint-12", "checkpoint-9"]
+
+
+def shares(rank, *run):
+    model = train(rank, *run, give_model=True)
+    kept = {id(weight): weight for weight in model.parameters()}.values()
+    return sum(weight.to_local().numel() for weight in kept), model.num_parameters()
+
+
+def test_each_process_keeps_its_share_of_the_weights(tokens, tmp_path):
+    changes = {"sequence_parallel": 2, "shard_weights": True}
+    (first, whole), (second, _) = on_ranks(2, tmp_path, shares, 2, str(tmp_path / "run"), tokens, changes)
+    assert first == second == whole / 2
 
 
 def test_dropout_draws_the_same_for_a_run_that_goes_on_and_other_masks_on_each_process(tokens, alone, tmp_path):

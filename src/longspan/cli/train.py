@@ -174,6 +174,10 @@ def lm(
         int,
         typer.Option(min=1, help="Processes that share each row; torchrun starts a multiple of so many."),
     ] = 1,
+    shard_weights: Annotated[
+        bool,
+        typer.Option("--shard-weights", help="Each process keeps a share of weights and optimizer (FSDP)."),
+    ] = False,
     timeout: Annotated[int, typer.Option(min=1, help="Seconds that a process waits for another one.")] = 60,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the schedule and its cost, and stop.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
@@ -218,6 +222,7 @@ def lm(
         log_steps=log_steps,
         bf16=bf16,
         sequence_parallel=sequence_parallel,
+        shard_weights=shard_weights,
         timeout_seconds=timeout,
         seed=seed,
         **settings,

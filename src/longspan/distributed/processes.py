@@ -18,11 +18,12 @@ GLOO_SAYS = ("/gloo/transport/", "caused pair closure")  # in its errors, which 
 
 
 def join_processes(timeout_seconds: float = 60.0) -> None:
-    """Starts torch.distributed where a launcher started several processes, and it was not started yet.
+    """Starts torch.distributed where a launcher started several processes, or torchrun one; once.
 
     A process that waits for others longer than the timeout raises an error. ConnectionError where they do not come.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or dist.is_torchelastic_launched()
+    if not launched or dist.is_initialized():
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_model
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -34,7 +32,7 @@ from longspan.inference.run_folder import remember
 from longspan.models.convert import whole_or_absent
 from longspan.training.curriculum import Curriculum, set_windows
 from longspan.training.curves import draw_curves, require_matplotlib
-from longspan.training.memory import forget_peak_memory, peak_memory_gib
+from longspan.training.language_trainer import LanguageTrainer, Phases, Progress
 from longspan.training.runs import newest_checkpoint, tensorboard
 from longspan.training.settings import trainer_arguments
 from longspan.training.token_files import TokenFiles
@@ -55,6 +53,8 @@ class LanguageTraining:
     those of the last phase). The rows are read by themselves: the figure of `longspan evaluate lm` is better.
     bf16: autocast; None for where the processor has instructions for it.
     sequence_parallel: processes that share each row, a stretch of its tokens each; all processes are groups of so many.
+    shard_weights: each process keeps its share of the weights, gradients and optimizer (FSDP), and gathers a layer's
+    weights when it computes it.
     timeout_seconds: how long a process waits for another.
     """
 
@@ -73,6 +73,7 @@ class LanguageTraining:
     gradient_checkpointing: bool = False
     bf16: bool | None = None
     sequence_parallel: int = 1
+    shard_weights: bool = False
     timeout_seconds: int = 60
     seed: int = 0
 
@@ -174,7 +175,8 @@ def _train(
     )
     causal = objective.added == 0
     share = len(tokens.splits["dev"]) / tokens.units["dev"] if causal else 1.0
-    trainer = _LanguageTrainer(
+    trainer = LanguageTrainer(
+        shard_weights=config.shard_weights,
         bits=share / math.log(2),
         curriculum=curriculum,
         model=model,
@@ -182,7 +184,7 @@ def _train(
         train_dataset=rows,
         eval_dataset=dev,  # pyright: ignore[reportArgumentType]
         data_collator=lambda items: items[0],
-        callbacks=[_Phases(curriculum, config.seed)],
+        callbacks=[Phases(curriculum, config.seed)],
     )
     for talkative in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(talkative)
@@ -198,7 +200,7 @@ def _train(
                 tell(f"going on from {newest.name}")
             trainer.add_callback(tensorboard(output, newest))
             unit = tokens.unit if causal else objective.counted
-            trainer.add_callback(_Progress(curriculum, unit, tell))
+            trainer.add_callback(Progress(curriculum, unit, tell))
         if config.sequence_parallel > 1:
             wait = timedelta(seconds=config.timeout_seconds)
             groups: Any = dist.new_subgroups(config.sequence_parallel, timeout=wait)
@@ -207,11 +209,13 @@ def _train(
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         finally:
             unshard(model)
+        finish(model)
+        weights = trainer.accelerator.get_state_dict(trainer.model)
         with first_process_first():
             if trainer.is_world_process_zero():
-                finish(model)
-                _write(trainer, tokens, config, decides, causal, objective.counted)
-    load_model(model, output / "model" / SAFE_WEIGHTS_NAME)
+                _write(trainer, weights, tokens, config, decides, causal, objective.counted)
+    if not isinstance(model, FSDPModule):
+        load_model(model, output / "model" / SAFE_WEIGHTS_NAME)
     if last.windows is not None:
         set_windows(model, last.windows)
     found = json.loads(done.read_text(encoding="utf-8"))
@@ -241,101 +245,9 @@ def cost_lines(curriculum: Curriculum, model: Any) -> list[str]:
     return lines
 
 
-class _LanguageTrainer(Trainer):
-    """Logs bits, speed and memory."""
-
-    def __init__(self, *, bits: float, curriculum: Curriculum, **kwargs: Any):
-        super().__init__(**kwargs)
-        # All labels count that are not -100: objectives hide the first of a row, not those of its later parts.
-        self._loss_shifts_labels = False
-        self.bits, self.curriculum = bits, curriculum
-        self.read, self.since = 0, time.perf_counter()
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            chosen: Any = self.optimizer if optimizer is None else optimizer
-            highest, rate = self.args.learning_rate, self.curriculum.rate
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate(step) / highest)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        forget_peak_memory(self.args.device)
-        self.read, self.since = 0, time.perf_counter()
-        return super().train(*args, **kwargs)
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        self.read += inputs["input_ids"].numel()
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        began = time.perf_counter()
-        figures = super().evaluate(*args, **kwargs)
-        self.since += time.perf_counter() - began  # the speed is that of training
-        return figures
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name in ("loss", "eval_loss"):
-            if name in logs:
-                logs[name.replace("loss", "bits")] = logs[name] * self.bits
-                logs["tokens_seen"] = _tokens_seen(self.curriculum, self.state.global_step)
-        if "loss" in logs and self.read:
-            seconds = time.perf_counter() - self.since
-            logs["tokens_per_second"] = round(self.read * self.args.world_size / seconds)
-            logs["memory_gib"] = round(peak_memory_gib(self.args.device), 3)
-            self.read, self.since = 0, time.perf_counter()
-        super().log(logs, start_time)
-
-
-class _Phases(TrainerCallback):
-    """The model's windows are those of the step's phase, what dropout draws is decided by the seed, the step and the
-    process, and what a checkpoint would cut in two is logged before it."""
-
-    def __init__(self, curriculum: Curriculum, seed: int):
-        self.curriculum, self.seed = curriculum, seed
-        self.windows: tuple[int, ...] | None = None
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._set(state.global_step, model)
-        drawn = np.random.SeedSequence((self.seed, state.global_step, args.process_index)).generate_state(1, np.uint64)
-        torch.manual_seed(int(drawn[0] >> 1))
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._set(min(state.global_step, self.curriculum.steps - 1), model)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save
-        if state.global_step >= self.curriculum.steps:
-            control.should_evaluate = True
-
-    def _set(self, step: int, model: Any) -> None:
-        windows = self.curriculum.at(step)[1].windows
-        if windows is not None and windows != self.windows:
-            set_windows(getattr(model, "module", model), windows)
-            self.windows = windows
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, curriculum: Curriculum, unit: str, tell: Callable[[str], None]):
-        self.curriculum, self.unit, self.tell = curriculum, unit, tell
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        logs = logs or {}
-        if "eval_bits" in logs:
-            self.tell(f"step {state.global_step:,}: dev {logs['eval_bits']:.4f} bits per {self.unit}")
-        if "tokens_per_second" not in logs:
-            return
-        left = (self.curriculum.tokens - logs["tokens_seen"]) / max(1, logs["tokens_per_second"])
-        phase = self.curriculum.at(state.global_step - 1)[0] + 1
-        self.tell(
-            f"step {state.global_step:,} of {self.curriculum.steps:,}, phase {phase}: loss {logs['loss']:.4f}, "
-            f"{logs['bits']:.4f} bits per {self.unit}, {logs['tokens_per_second']:,} tokens/s, "
-            f"{logs['memory_gib']:.2f} GiB, learning rate {logs['learning_rate']:.3g}, {left / 60:,.0f} min left"
-        )
-
-
 def _check_processes(config: LanguageTraining, processes: int) -> None:
-    """ValueError where the processes make no groups of `sequence_parallel`, or a row is too short for one."""
+    """ValueError where the processes make no groups of `sequence_parallel`, a row is too short for one, or shares of
+    the weights have no processes to lie on."""
     size = config.sequence_parallel
     if processes % size:
         raise ValueError(
@@ -346,6 +258,11 @@ def _check_processes(config: LanguageTraining, processes: int) -> None:
     shortest = min(lengths if config.dev_length is None else [*lengths, config.dev_length])
     if shortest < size:
         raise ValueError(f"sequence_parallel is {size}, but there are rows of {shortest} tokens, fewer than processes")
+    if config.shard_weights and not dist.is_initialized():
+        raise ValueError(
+            "shard_weights is for processes that share the weights: start the run with `torchrun --nproc-per-node N`, "
+            "where N may be 1 for a run that goes on with fewer"
+        )
 
 
 def _arguments(config: LanguageTraining, model: Any, objective: Objective) -> TrainingArguments:
@@ -374,24 +291,21 @@ def _arguments(config: LanguageTraining, model: Any, objective: Objective) -> Tr
     )
 
 
-def _tokens_seen(curriculum: Curriculum, step: int) -> int:
-    seen = 0
-    for phase in curriculum.phases:
-        steps = min(step, phase.steps)
-        seen += steps * phase.batch * phase.length
-        step -= steps
-    return seen
-
-
 def _described(model: Any) -> dict[str, Any]:
     """A model's configuration without what changes from phase to phase and from machine to machine."""
     described = model.config.to_dict()
-    changing = ("windows", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    changing = ("windows", "use_cache", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
     return {name: value for name, value in described.items() if name not in changing} | {"class": type(model).__name__}
 
 
 def _write(
-    trainer: Trainer, tokens: TokenFiles, config: LanguageTraining, decides: dict[str, Any], causal: bool, counted: str
+    trainer: Trainer,
+    weights: dict[str, Any],
+    tokens: TokenFiles,
+    config: LanguageTraining,
+    decides: dict[str, Any],
+    causal: bool,
+    counted: str,
 ) -> None:
     """The model, its tokenizer and the run's figures into output/model, and the curves beside it."""
     history = trainer.state.log_history
@@ -415,6 +329,6 @@ def _write(
         starts.append(seen)
     draw_curves({output.name: history}, output / "curves.png", unit=unit, phases=starts)
     with whole_or_absent(output / "model") as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokens.tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
