@@ -42,6 +42,8 @@ def train(
     files = load_token_files(tokens)
     dropout = changes.get("dropout", 0.0)
     model = small_model(len(files.tokenizer)).double()
+    if rank:  # only the first process's weights count
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = dropout

@@ -34,7 +34,10 @@ class LanguageTrainer(Trainer):
             state: Any = self.accelerator.state
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(
-                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT"
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                state_dict_type="SHARDED_STATE_DICT",
+                cpu_ram_efficient_loading=True,
             )
             self.is_fsdp_enabled = True
 
