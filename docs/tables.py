@@ -66,8 +66,8 @@ def render(topic: str, page: Path) -> str:
     result = measured["result"]
     source = (
         f"`{measured['command']}`: {_count(result)}, {machine['cpu']}, {_threads(machine)}, torch {machine['torch']} "
-        f"({link})."
-    )
+        f"({link}). {measured.get('note', '')}"
+    ).rstrip()
     if topic == "recipe-characters":
         return "\n".join([*_character_tables(result), source, ""])
     columns = COLUMNS[topic if topic in COLUMNS else topic.split("-")[0]]
@@ -119,13 +119,13 @@ def _character_tables(result: dict[str, Any]) -> list[str]:
         ]
         for row in ablations
     ]
-    references = [[row["name"], _bits(row["bits"]), row["note"]] for row in result["references"]]
+    references = [[row["name"], _bits(row["bits"])] for row in result["references"]]
     cost_head = ["training", "parameters", "tokens, longest rows", "Pflop", "tokens/s", "minutes", "GiB"]
     tables = [_table(head, lines), _table(cost_head, costs)]
     if ablations:
         length = next(length for length, bits in ablations[0]["bits"].items() if bits is not None)
         tables.append(_table(["ablation", "tokens", f"bits per character at {int(length):,}"], measured))
-    return [*tables, _table(["compressor, whole test text", "bits per character", ""], references)]
+    return [*tables, _table(["compressor, whole test text", "bits per character"], references)]
 
 
 def _bits(bits: float | None) -> str:

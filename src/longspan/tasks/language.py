@@ -188,7 +188,7 @@ def compressors(text: bytes, *, units: int, primer: bytes | None = None) -> list
         memory = 2 * PPM_MEMORY
         added = ppm(primer + text, memory) - ppm(primer, memory)
         note = f"after {len(primer) / 1e6:,.1f} MB of training text"
-        rows.append(Compressor(name=f"{name}, {note}", bits=8 * added / units, note=note))
+        rows.append(Compressor(name=f"{name}, {note}", bits=8 * added / units))
     return rows
 
 
