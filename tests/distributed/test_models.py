@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -215,6 +216,54 @@ def test_encoders_with_global_rows_are_those_of_one_process(world, tmp_path):
     on_ranks(world, tmp_path, encoders, world)
 
 
+def whole_encoders(rank: int, world: int) -> None:
+    here, total = part_of(rank, world), sum(LENGTHS[world])
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 90, (B, total), generator=generator)
+    mask, marked = torch.ones_like(ids), torch.zeros_like(ids)
+    mask[1, total // 3 :] = 0  # of all later ranks, in one row
+    marked[0, [0, total - 2]] = 1
+    unsaid = (torch.rand(ids.shape, generator=generator) < 0.7) | (mask == 0)
+    for family, task, period in (
+        ("bert", "masked_lm", None),
+        ("roberta", "token_classification", None),  # whose positions pass over padding
+        ("longformer", "masked_lm", None),
+        ("longformer", None, 7),
+        ("modernbert", "masked_lm", None),
+    ):
+        whole, model = (translated(bert_model(family, task), task).double() for _ in range(2))
+        for one in (whole, model):
+            if task is None:
+                one.pooler = None
+                one.embeddings.config = replace(one.embeddings.config, position_period=period)
+        given = [
+            ids.masked_fill(mask == 0, whole.config.pad_token_id),
+            mask,
+            marked if family == "longformer" else None,
+        ]
+        labels = None if task is None else (ids % whole.classifier.out_features).masked_fill(unsaid, -100)
+        expected = whole(*given, **{} if labels is None else {"labels": labels})
+        shard(model)
+        own = [None if part is None else part[:, here] for part in given]
+        found = model(*own, **{} if labels is None else {"labels": labels[:, here]})
+        states, reference = (one.last_hidden_state if task is None else one.logits for one in (found, expected))
+        seen = mask.bool()
+        torch.testing.assert_close(states[seen[:, here]], reference[:, here][seen[:, here]], **CLOSE)
+        if labels is None:
+            reference[seen].sum().backward()
+            states[seen[:, here]].sum().backward()
+        else:
+            torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+            expected.loss.backward()
+            found.loss.backward()
+        compare(summed_gradients(model), gradients(whole), f"{family}, {task}, rank {rank}")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_encoders_with_their_embeddings_and_losses_are_those_of_one_process(world, tmp_path):
+    on_ranks(world, tmp_path, whole_encoders, world)
+
+
 def bytes_of_global_rows(rank: int) -> list[int]:
     block = BlockConfig(heads=2, head_width=8, ffn_width=8, pattern=SlidingWindow(3, 3), global_projections=True)
     encoder = Encoder(EncoderConfig(width=16, blocks=(block,))).double()
@@ -268,7 +317,8 @@ def refused(rank: int) -> list[str]:
     left[1, -1] = rank  # padding before the second rank's tokens
     longnet = tiny_model("longnet", positions="bucketed")
     shard(longnet)
-    embedded = translated(bert_model("bert"))
+    pooled, long = translated(bert_model("bert")), translated(bert_model("bert", "masked_lm"), "masked_lm")
+    shard(long)
     calls = [
         partial(model, ids, gap if rank else None),
         partial(model, ids, left),
@@ -276,7 +326,8 @@ def refused(rank: int) -> list[str]:
         partial(model, ids, use_cache=True),
         partial(model.generate, ids, max_new_tokens=2),
         partial(longnet, ids),
-        partial(shard, embedded),
+        partial(shard, pooled),
+        partial(long, some_ids(1, 40 if rank else 30)),
         partial(shard, nn.Linear(2, 2)),
     ]
     said = []
@@ -300,6 +351,7 @@ def test_what_cannot_be_sharded_is_refused_on_all_ranks(tmp_path):
                 "not continued token by token",
                 "a bias by distance cannot be sharded",
                 "LongspanModel cannot be sharded",
+                "the input needs positions for 70 tokens and this model has 64",
                 "Linear cannot be sharded",
             ),
             strict=True,

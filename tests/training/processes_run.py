@@ -18,6 +18,7 @@ from longspan.recipes import language_models
 from longspan.recipes.language_models import LanguageRecipe, tiny_stages
 from longspan.training.language import LanguageTraining, train_language_model
 from longspan.training.language_trainer import LanguageTrainer
+from longspan.training.masked import MaskedTraining, train_masked
 from longspan.training.token_files import load_token_files
 
 
@@ -35,8 +36,7 @@ def train(
     give_model: bool = False,
 ) -> Any:
     """The run's history, or its model, or what was wrong with it. Stops on all ranks before step `stop`."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "localhost"}
+    as_launched(rank, world)
     if stop is not None:
         stop_at(stop)
     files = load_token_files(tokens)
@@ -55,6 +55,19 @@ def train(
         return model if give_model else history
     except (ValueError, OSError, Stopped) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def train_masked_on(rank: int, world: int, config: MaskedTraining) -> tuple[list[float], str]:
+    """The losses of a run, and where its model is."""
+    as_launched(rank, world)
+    done = train_masked(config)
+    return [entry["loss"] for entry in done.history if "loss" in entry], str(done.model)
+
+
+def as_launched(rank: int, world: int) -> None:
+    """The variables that torchrun sets."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost"}
 
 
 def stop_at(step: int) -> None:

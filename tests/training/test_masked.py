@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.distributed.ranks import on_ranks
+from tests.training.processes_run import train_masked_on
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from longspan.models.convert import convert_checkpoint
@@ -20,10 +22,13 @@ def sources(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **SIZES)
-    for name, kind in (("short", BertForMaskedLM), ("headless", BertModel)):
+    for name, kind in (("short", BertForMaskedLM), ("headless", BertModel), ("sure", BertForMaskedLM)):
+        if name == "sure":
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         kind(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     convert_checkpoint(folder / "short", folder / "long", max_tokens=64, window=8)
+    convert_checkpoint(folder / "sure", folder / "long and sure", max_tokens=64, window=8)
     (folder / "text.txt").write_text("the red zoo is near the old river . " * 150)
     return folder
 
@@ -75,3 +80,15 @@ def test_models_that_cannot_learn_so_are_refused(config, sources):
 def test_rows_are_as_long_as_the_model_reads_and_short_models_train_too(config, sources):
     done = train_masked(replace(config, source=str(sources / "short"), length=None, steps=2))
     assert done.tokens == 2 * 4 * 16
+
+
+@pytest.mark.parametrize("changes", [{"sequence_parallel": 2}, {"accumulate": 1, "shard_weights": True}])
+def test_two_processes_train_as_one(changes, config, sources, tmp_path):
+    alone = replace(config, source=str(sources / "long and sure"), bf16=False, steps=4)
+    shared = replace(alone, output=str(tmp_path / "shared"), **changes)
+    (losses, folder), _ = on_ranks(2, tmp_path, train_masked_on, 2, shared)
+    done = train_masked(alone)
+    assert losses == pytest.approx([entry["loss"] for entry in done.history if "loss" in entry], rel=1e-4)
+    weights, expected = (LongspanForMaskedLM.from_pretrained(model).state_dict() for model in (folder, done.model))
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-3, msg=lambda text, name=name: name + text)

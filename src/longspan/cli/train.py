@@ -139,6 +139,15 @@ class Tokenization(str, Enum):
     bpe = "bpe"
 
 
+SequenceParallel = Annotated[
+    int, typer.Option(min=1, help="Processes that share each row; torchrun starts a multiple of so many.")
+]
+ShardWeights = Annotated[
+    bool, typer.Option("--shard-weights", help="Each process keeps a share of weights and optimizer (FSDP).")
+]
+Timeout = Annotated[int, typer.Option(min=1, help="Seconds that a process waits for another one.")]
+
+
 @app.command()
 def lm(
     recipe: Annotated[str, typer.Option(help="longformer-tiny, longformer-small, longformer-large or longnet-tiny.")],
@@ -170,15 +179,9 @@ def lm(
     bf16: Annotated[
         bool | None, typer.Option(help="Compute in bfloat16. Default: where the processor has instructions for it.")
     ] = None,
-    sequence_parallel: Annotated[
-        int,
-        typer.Option(min=1, help="Processes that share each row; torchrun starts a multiple of so many."),
-    ] = 1,
-    shard_weights: Annotated[
-        bool,
-        typer.Option("--shard-weights", help="Each process keeps a share of weights and optimizer (FSDP)."),
-    ] = False,
-    timeout: Annotated[int, typer.Option(min=1, help="Seconds that a process waits for another one.")] = 60,
+    sequence_parallel: SequenceParallel = 1,
+    shard_weights: ShardWeights = False,
+    timeout: Timeout = 60,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the schedule and its cost, and stop.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
     seed: Annotated[
@@ -259,6 +262,9 @@ def mlm(
     bf16: Annotated[
         bool | None, typer.Option(help="Compute in bfloat16. Default: where the processor has instructions for it.")
     ] = None,
+    sequence_parallel: SequenceParallel = 1,
+    shard_weights: ShardWeights = False,
+    timeout: Timeout = 60,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the order, what is hidden and every random choice.")] = 0,
 ) -> None:
@@ -286,6 +292,9 @@ def mlm(
         save_steps=save_steps,
         log_steps=log_steps,
         bf16=bf16,
+        sequence_parallel=sequence_parallel,
+        shard_weights=shard_weights,
+        timeout_seconds=timeout,
         seed=seed,
     )
     _report_language_model(train_masked(config, tell=_tell))

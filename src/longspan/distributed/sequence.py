@@ -19,38 +19,49 @@ from longspan.distributed.shards import SequenceShards
 from longspan.models.decoder import Decoder
 from longspan.models.embeddings import Embeddings
 from longspan.models.encoder import Encoder
+from longspan.models.heads import LongspanForMaskedLM, LongspanForTokenClassification
+from longspan.models.model import LongspanModel
 from longspan.models.sequence import Place, WholeSequence
 
 
 def shard(model: nn.Module, group: dist.ProcessGroup | DeviceMesh | None = None) -> None:
     """From now on the tokens that `model` is given are this rank's part of sequences that lie on a group's ranks.
 
-    model: a language model of ours, or a `Decoder` or `Encoder` alone. Its forward is called on all ranks together,
+    model: a language model of ours, a `LongspanModel` without pooler, LongspanForMaskedLM or
+    LongspanForTokenClassification, or a `Decoder` or `Encoder` alone. Its forward is called on all ranks together,
     each with the same number of rows and any number of tokens, one at least; rank after rank they make the sequence.
     What comes out is this rank's part of one process's output, the loss is that of the whole sequence, on every rank,
     and the gradients of weights add up over the ranks to those of one process. (DistributedDataParallel takes their
     mean: multiply the loss by the number of ranks in a group.) Dropout draws from each rank's own generator: seed the
     ranks differently.
     group: as in `SequenceShards`. None for all processes.
-    Raises RuntimeError where torch.distributed was not started, NotImplementedError for a model with embeddings of
-    positions, which begin at 0 on every rank, or without layers of ours.
+    Raises RuntimeError where torch.distributed was not started, NotImplementedError for a model whose head reads some
+    tokens of the sequence only, or without layers of ours.
     """
-    stacks = [part for part in model.modules() if isinstance(part, Decoder | Encoder)]
-    if not stacks or any(isinstance(part, Embeddings) for part in model.modules()):
+    parts = _parts(model)
+    reads_all = isinstance(model, LongspanForMaskedLM | LongspanForTokenClassification) or (
+        isinstance(model, LongspanModel) and model.pooler is None
+    )
+    if not parts or (any(isinstance(part, Embeddings) for part in parts) and not reads_all):
         raise NotImplementedError(
             f"{type(model).__name__} cannot be sharded along its sequences; there is LongformerForCausalLM, "
-            f"LongNetForCausalLM, their base models, and the Encoder alone, without the embeddings before it"
+            f"LongNetForCausalLM and their base models, LongspanForMaskedLM, LongspanForTokenClassification, "
+            f"LongspanModel with add_pooling_layer=False, and the Encoder alone"
         )
     sequence = ShardedSequence(group)
-    for stack in stacks:
-        stack.sequence = sequence
+    for part in parts:
+        part.sequence = sequence
 
 
 def unshard(model: nn.Module) -> None:
     """From now on the tokens that `model` is given are whole sequences again."""
-    for part in model.modules():
-        if isinstance(part, Decoder | Encoder):
-            part.sequence = WholeSequence()
+    for part in _parts(model):
+        part.sequence = WholeSequence()
+
+
+def _parts(model: nn.Module) -> list[Decoder | Encoder | Embeddings]:
+    """Those that ask about the sequence."""
+    return [part for part in model.modules() if isinstance(part, Decoder | Encoder | Embeddings)]
 
 
 class ShardedSequence(WholeSequence):
@@ -73,6 +84,16 @@ class ShardedSequence(WholeSequence):
         if any(masks) and token_mask is None:
             token_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return _ShardedPlace(self.shards, token_mask)
+
+    def span(self, tokens: int) -> tuple[int, int]:
+        lengths = self.shards.gather(tokens)
+        return sum(lengths[: self.shards.rank]), sum(lengths)
+
+    def before(self, counts: Tensor) -> Tensor:
+        return torch.stack(self.shards.gather_rows(counts))[: self.shards.rank].sum(0)
+
+    def most(self, number: int) -> int:
+        return max(self.shards.gather(number))
 
     def following(self, labels: Tensor) -> Tensor:
         firsts = [*self.shards.gather_rows(labels[:, :1])[self.shards.rank + 1 :], torch.full_like(labels[:, :1], -100)]

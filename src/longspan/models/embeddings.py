@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.models.sequence import WholeSequence
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsConfig:
@@ -72,7 +74,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: EmbeddingsConfig):
         super().__init__()
-        self.config = config
+        self.config, self.sequence = config, WholeSequence()
         self.word = nn.Embedding(config.vocab_size, config.width, padding_idx=config.padding_idx)
         self.position = nn.Embedding(config.positions, config.width) if config.positions else None
         self.token_type = nn.Embedding(config.type_vocab_size, config.width) if config.type_vocab_size else None
@@ -103,21 +105,26 @@ class Embeddings(nn.Module):
 
     def number(self, x: Tensor, input_ids: Tensor | None) -> Tensor:
         """Position ids [B or 1, N] of a batch, as the family counts them."""
+        return self._number(x, input_ids, self.sequence.span(x.shape[1])[0])
+
+    def _number(self, x: Tensor, input_ids: Tensor | None, start: int) -> Tensor:
         config = self.config
         if not config.positions_skip_padding or input_ids is None:
-            return torch.arange(x.shape[1], device=x.device)[None] + config.position_offset
+            return torch.arange(start, start + x.shape[1], device=x.device)[None] + config.position_offset
         is_token = input_ids != config.padding_idx
-        return is_token.long().cumsum(1) * is_token + config.position_offset - 1
+        passed = self.sequence.before(is_token.sum(1))[:, None]
+        return (is_token.long().cumsum(1) + passed) * is_token + config.position_offset - 1
 
     def _rows(self, x: Tensor, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """Rows of the position table, [B or 1, N]; ValueError when the table ends before the input does."""
         config = self.config
-        rows = self.number(x, input_ids) if position_ids is None else position_ids
+        start, total = self.sequence.span(x.shape[1])
+        rows = self._number(x, input_ids, start) if position_ids is None else position_ids
         if config.position_period is not None:
             repeated = (rows - config.position_offset) % config.position_period + config.position_offset
             return torch.where(rows < config.position_offset, rows, repeated)
         usable = config.positions - config.position_offset
-        if (position_ids is None and x.shape[1] <= usable) or not rows.numel() or torch.compiler.is_compiling():
+        if (position_ids is None and total <= usable) or not rows.numel() or torch.compiler.is_compiling():
             return rows  # fits whatever the data says: no wait for a GPU
-        check_length(int(rows.max()) + 1 - config.position_offset, usable)
+        check_length(self.sequence.most(int(rows.max())) + 1 - config.position_offset, usable)
         return rows

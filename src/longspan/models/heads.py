@@ -124,9 +124,11 @@ class _TaskModel(LongspanPreTrainedModel):
         """Cross entropy over the last axis, in fp32 or wider; a label of -100 counts for nothing."""
         logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
         labels = labels.flatten().to(logits.device)
-        if num_items_in_batch is None:
-            return F.cross_entropy(logits, labels)
-        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        summed = F.cross_entropy(logits, labels, reduction="sum")
+        if num_items_in_batch is not None:
+            return summed / num_items_in_batch
+        sequence = self.longspan.embeddings.sequence
+        return sequence.total(summed) / sequence.total((labels != -100).sum())
 
 
 class LongspanForMaskedLM(_TaskModel):

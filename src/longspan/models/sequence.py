@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,6 +51,18 @@ class WholeSequence:
     def place(self, x: Tensor, token_mask: Tensor | None) -> Place:
         """Where the tokens of x [B, N, C] stand. token_mask: Bool[B, N]."""
         return Place(0, x.shape[1], token_mask)
+
+    def span(self, tokens: int) -> tuple[int, int]:
+        """(position of the first of so many tokens, tokens of the sequence)."""
+        return 0, tokens
+
+    def before(self, counts: Tensor) -> Tensor:
+        """What counts of the tokens give for those before them. counts: Long[B]."""
+        return torch.zeros_like(counts)
+
+    def most(self, number: int) -> int:
+        """The largest number that any tokens of the sequence give."""
+        return number
 
     def following(self, labels: Tensor) -> Tensor:
         """The label of the token after each, Long[B, N]; -100 after the last."""

@@ -18,7 +18,8 @@ class LanguageTrainer(Trainer):
     """Logs bits, speed and memory."""
 
     def __init__(self, *, shard_weights: bool, bits: float, curriculum: Curriculum, **kwargs: Any):
-        self.shard_weights = shard_weights
+        # Embeddings may share their weight with a head, and only one unit of FSDP can have it.
+        self.shard_weights, self.units = shard_weights, sorted({*kwargs["model"]._no_split_modules} - {"Embeddings"})
         super().__init__(**kwargs)
         # All labels count that are not -100: objectives hide the first of a row, not those of its later parts.
         self._loss_shifts_labels = False
@@ -38,6 +39,7 @@ class LanguageTrainer(Trainer):
                 auto_wrap_policy="transformer_based_wrap",
                 state_dict_type="SHARDED_STATE_DICT",
                 cpu_ram_efficient_loading=True,
+                transformer_cls_names_to_wrap=self.units,
             )
             self.is_fsdp_enabled = True
 

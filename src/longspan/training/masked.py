@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longspan.distributed.processes import first_process_first, join_processes
+from longspan.distributed.processes import first_process_first, join_processes, lost_processes_told
 from longspan.models.convert import load_as_ours, load_tokenizer, recopy_global_projections
 from longspan.models.encoder import Attention
 from longspan.models.heads import LongspanForMaskedLM
@@ -31,6 +31,7 @@ class MaskedTraining:
     length: tokens of a row, with the two that open and close it; None for what the model reads, at most 4,096.
     batch: rows a step, computed in `accumulate` batches. warmup_steps: None for 500, at most a tenth of the steps.
     masked: the share of tokens that is hidden.
+    sequence_parallel, shard_weights, timeout_seconds: as in `LanguageTraining`.
     """
 
     source: str
@@ -48,6 +49,9 @@ class MaskedTraining:
     save_steps: int = 200
     log_steps: int = 20
     bf16: bool | None = None
+    sequence_parallel: int = 1
+    shard_weights: bool = False
+    timeout_seconds: int = 60
     seed: int = 0
 
 
@@ -75,8 +79,8 @@ def train_masked(config: MaskedTraining, *, tell: Callable[[str], None] = lambda
         )
     output = Path(config.output)
     folder = config.tokens or output.with_name(f"{output.name}-tokens")
-    join_processes()
-    with first_process_first():
+    join_processes(config.timeout_seconds)
+    with lost_processes_told(config.timeout_seconds), first_process_first():
         tokens = make_token_files(find_texts(config.data), folder, tokenizer, tell=tell)
     warmup = min(500, config.steps // 10) if config.warmup_steps is None else config.warmup_steps
     phase = Phase(
@@ -98,6 +102,9 @@ def train_masked(config: MaskedTraining, *, tell: Callable[[str], None] = lambda
         save_steps=config.save_steps,
         log_steps=config.log_steps,
         bf16=config.bf16,
+        sequence_parallel=config.sequence_parallel,
+        shard_weights=config.shard_weights,
+        timeout_seconds=config.timeout_seconds,
         seed=config.seed,
     )
     objective = hidden_tokens(tokenizer, config.masked)

@@ -60,8 +60,10 @@ def hidden_tokens(tokenizer: Any, share: float = 0.15) -> Objective:
         )
 
     def make(ids: Tensor, seed: int) -> Batch:
-        # A collator that draws one batch after another would draw others in a run that goes on.
-        collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share, seed=seed)
+        # A collator that draws one batch after another would draw others in a run that goes on, and one with `seed`
+        # makes its generator only in a process that no other started.
+        collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
+        collate.generator = torch.Generator().manual_seed(seed)
         rows = torch.nn.functional.pad(ids, (1, 1))
         rows[:, 0], rows[:, -1] = first, last
         special = torch.zeros_like(rows)
