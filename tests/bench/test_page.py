@@ -160,11 +160,13 @@ def test_character_models_are_shown_with_their_ablations_and_compressors(tables,
     }
     machine = {"cpu": "A CPU", "threads": 1, "torch": "2.13.0"}
     measured = {"command": "longspan recipe characters OUT", "machine": machine, "result": result}
+    measured["note"] = "On a busy machine."
     (tmp_path / "results" / "2026-01-02_cpu_recipe-characters.json").write_text(json.dumps(measured))
     shown = tables["render"]("recipe-characters", tmp_path / "docs" / "page.md")
     assert "| LongNet | 2.000 | 1.939 | 0.061 ± 0.005 |" in shown
     assert "| full | 2.100 | - | 0.061 ± 0.005 |" in shown
     assert "| full | 3.2 M | 14.0 M of 8,192 | 0.320 | 8,123 | 29 | 1.3 |" in shown
     assert "| windows equal | 14.0 M | 2.200 |" in shown
-    assert "| gzip | 2.550 | level 9 |" in shown
+    assert "| gzip | 2.550 |\n" in shown
+    assert shown.endswith(" On a busy machine.\n")
     assert "`longspan recipe characters OUT`: 128 stretches of 256 characters, A CPU, 1 thread, torch 2.13.0" in shown
