@@ -201,19 +201,33 @@ NO_INLINE float center_row(float* x, int64_t width, float epsilon) {
   Vector totals[GROUP] = {}, squares[GROUP] = {};
   for_each_vector(width, [&](int64_t i, int64_t g) { totals[g] += load(x + i); });
   const float mean = sum(totals) / width;
-  change(x, width, [&](Vector v) { return v - mean; });
-  memset(x + width, 0, (padded_to_groups(width) - width) * sizeof(float));
-  for_each_vector(width, [&](int64_t i, int64_t g) {
-    squares[g] = multiply_add(load(x + i), load(x + i), squares[g]);
-  });
+  const auto center = [&](int64_t i, int64_t g) {
+    const Vector v = load(x + i) - mean;
+    store(x + i, v);
+    squares[g] = multiply_add(v, v, squares[g]);
+  };
+  const int64_t whole = width - width % (GROUP * LANES);
+  for_each_vector(whole, center);
+  if (whole < width) {  // what pads the row counts for nothing
+    change(x + whole, width - whole, [&](Vector v) { return v - mean; });
+    memset(x + width, 0, (padded_to_groups(width) - width) * sizeof(float));
+    for_each_vector(width - whole, [&](int64_t i, int64_t g) {
+      squares[g] = multiply_add(load(x + whole + i), load(x + whole + i), squares[g]);
+    });
+  }
   return 1 / sqrtf(sum(squares) / width + epsilon);
 }
 
-NO_INLINE void scale_elements(float* x, int64_t count, float factor, const float* weight, const float* bias) {
+// x = factor * x * weight + bias, and the same in `to`, if there is one.
+template <class T>
+NO_INLINE void scale_elements(float* x, int64_t count, float factor, const float* weight, const float* bias, T* to) {
   for (int64_t i = 0; i < count; i += LANES) {
     Vector value = factor * load(x + i) * load_up_to(weight + i, count - i);
     if (bias) value += load_up_to(bias + i, count - i);
     store(x + i, value);
+    if (!to) continue;
+    __builtin_prefetch(reinterpret_cast<char*>(to + i) + AHEAD, 1);
+    store_up_to(to + i, value, count - i);
   }
 }
 
@@ -286,10 +300,11 @@ static int normalize_rows(int64_t rows, int64_t width, const longspan_product& f
       write(x + first, norm.sum, row, first, count);
     });
     const float factor = center_row(x, width, norm.epsilon);
-    for_each_piece(width, [&](int64_t first, int64_t count) {
-      scale_elements(x + first, count, factor, norm.weight + first, norm.bias ? norm.bias + first : nullptr);
-      write(x + first, to.out, row, first, count);
-    });
+    if (to.out.data) {
+      with_row(to.out, row, [&](auto* out) { scale_elements(x, width, factor, norm.weight, norm.bias, out); });
+    } else {
+      scale_elements<float>(x, width, factor, norm.weight, norm.bias, nullptr);
+    }
     quantize_row(x, width, to, row);
   });
 }
