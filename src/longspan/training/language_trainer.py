@@ -18,8 +18,9 @@ class LanguageTrainer(Trainer):
     """Logs bits, speed and memory."""
 
     def __init__(self, *, shard_weights: bool, bits: float, curriculum: Curriculum, **kwargs: Any):
+        self.shard_weights = shard_weights
         # Embeddings may share their weight with a head, and only one unit of FSDP can have it.
-        self.shard_weights, self.units = shard_weights, sorted({*kwargs["model"]._no_split_modules} - {"Embeddings"})
+        self.units = sorted({*(kwargs["model"]._no_split_modules or ())} - {"Embeddings"})
         super().__init__(**kwargs)
         # All labels count that are not -100: objectives hide the first of a row, not those of its later parts.
         self._loss_shifts_labels = False
