@@ -64,3 +64,19 @@ def tokenizer():
         model_max_length=64,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+@pytest.fixture(scope="session")
+def save_tiny_bert(tokenizer):
+    """save(folder, kind, **changes): a random BERT of one layer that reads 64 tokens, with its tokenizer beside it."""
+    from transformers import BertConfig
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+    def save(folder, kind, **changes):
+        torch.manual_seed(0)
+        config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes | changes)
+        kind(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return save

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertForQuestionAnswering
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -25,20 +25,9 @@ def _transformers_stays_as_loud_as_it_was():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tokenizer, tmp_path_factory):
-    torch.manual_seed(0)
+def checkpoint(save_tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("qa")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-    )
-    BertForQuestionAnswering(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny_bert(folder, BertForQuestionAnswering, initializer_range=0.5)
     return str(folder)
 
 

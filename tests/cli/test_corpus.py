@@ -1,9 +1,8 @@
 import json
 
 import pytest
-import torch
 from pyarrow import parquet
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertModel
+from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertModel
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -39,7 +38,7 @@ def engine(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def models(tokenizer, tmp_path_factory):
+def models(save_tiny_bert, tmp_path_factory):
     folders = {}
     for name, kind in (
         ("embed", BertModel),
@@ -47,17 +46,7 @@ def models(tokenizer, tmp_path_factory):
         ("answer", BertForQuestionAnswering),
     ):
         folders[name] = str(tmp_path_factory.mktemp(name))
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=64,
-        )
-        kind(config).save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
+        save_tiny_bert(folders[name], kind)
     return folders
 
 

@@ -2,8 +2,7 @@ import json
 import re
 
 import pytest
-import torch
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -21,19 +20,9 @@ def _transformers_stays_as_loud_as_it_was():
 
 
 @pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
+def base(save_tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny_bert(folder, BertModel)
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training.classification_run import SETTINGS, run, task
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from longspan.models.classifiers import load_classifier
 from longspan.models.heads import LongspanForSequenceClassification
@@ -28,20 +28,9 @@ pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
+def base(save_tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tiny_bert(folder, BertModel, initializer_range=0.2)
     return folder
 
 
