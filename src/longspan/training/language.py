@@ -119,8 +119,9 @@ def train_language_model(
     """Trains, or goes on with, the run that `config` describes.
 
     model: any model of transformers or ours whose forward takes `input_ids` and `labels` and gives `loss`. It holds the
-    trained weights afterwards, with `shard_weights` this process's share of them. objective: None for `next_token()`. finish: what is done to the model after training.
-    tell: is called with a line for each phase before the run, and with one for each entry of the log.
+    trained weights afterwards, with `shard_weights` this process's share of them. objective: None for `next_token()`.
+    finish: what is done to the model after training. tell: is called with a line for each phase before the run, and
+    with one for each entry of the log.
     Under torchrun or `accelerate launch` every process takes its share of each step. The loss is that of one process,
     and a run goes on with any number of them.
     Raises ValueError for text that is shorter than a row, windows that the model lacks, processes that do not fit and a
