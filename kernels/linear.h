@@ -74,7 +74,7 @@ struct Packer {
   }
 };
 
-// What becomes of the sums of a square, a row at a time.
+// What becomes of the sums of a square, some rows at a time.
 template <class Format>
 struct Finisher {
   const longspan_linear& call;
@@ -86,48 +86,71 @@ struct Finisher {
   int64_t rows = 0, done = 0;
 
   void finish(int64_t most_rows) {
-    for (const int64_t end = smaller(done + most_rows, rows); done < end; ++done) finish_row(*this);
+    const int64_t first = done;
+    done = smaller(done + most_rows, rows);
+    if (first < done) finish_rows(*this, first, done);
   }
 
  private:
-  NO_INLINE void finish_row(const Finisher& square) {
-    Vector values[2];
-    UNROLL for (int64_t i = 0; i < 2; ++i) {
-      values[i] = Format::sums(square.sums + square.done * SQUARE + i * LANES);
+  NO_INLINE void finish_rows(const Finisher& square, int64_t first, int64_t end) {
+    if (!square.is_last) return keep_sums(square, first, end);
+    if (square.call.out_dtype == LONGSPAN_F32) return finish_as<float>(square, first, end);
+    finish_as<bfloat16>(square, first, end);
+  }
+
+  ALWAYS_INLINE void keep_sums(const Finisher& square, int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) {
+      Vector values[2];
+      read_sums(square, row, values);
+      store_pair(square.earlier + row * SQUARE, values[0], values[1]);
     }
-    float* earlier = square.earlier + square.done * SQUARE;
-    if (square.has_earlier) {
-      UNROLL for (int64_t i = 0; i < 2; ++i) values[i] += load(earlier + i * LANES);
+  }
+
+  // A loop of its own for every activation: what all rows share stays in registers.
+  template <class Out>
+  ALWAYS_INLINE void finish_as(const Finisher& square, int64_t first, int64_t end) {
+    constexpr bool PRECISE = sizeof(Out) == sizeof(float);
+    const auto with = [&](auto activate) { finish_with<Out>(square, first, end, activate); };
+    switch (square.call.activation) {
+      case LONGSPAN_GELU: return with([](Vector x) { return gelu<PRECISE>(x); });
+      case LONGSPAN_GELU_TANH: return with([](Vector x) { return gelu_tanh<PRECISE>(x); });
+      case LONGSPAN_RELU: return with([](Vector x) { return relu(x); });
+      case LONGSPAN_SILU: return with([](Vector x) { return silu<PRECISE>(x); });
+      default: return with([](Vector x) { return x; });
     }
-    if (!square.is_last) return store_pair(earlier, values[0], values[1]);
+  }
+
+  template <class Out, class Activate>
+  ALWAYS_INLINE void finish_with(const Finisher& square, int64_t first, int64_t end, Activate activate) {
+    constexpr bool IS_INT8 = Format::STEP == Int8::STEP;
     const longspan_linear& call = square.call;
-    const int64_t row = square.first_row + square.done, column = square.first_column;
+    const int64_t column = square.first_column, out_stride = call.out_stride, residual_stride = call.residual_stride;
     const uint32_t mask = static_cast<uint32_t>(first_bits(call.out_features - column));
-    if constexpr (Format::STEP == Int8::STEP) scale(call.row_scale[row], call.weight_scale + column, mask, values);
-    if (call.bias) add(call.bias + column, mask, values);
-    if (call.out_dtype == LONGSPAN_F32) {
-      activate<true>(call.activation, values);
-      return write<float>(call, row, column, mask, square.streams, values);
+    const bool streams = square.streams && mask == ~0u;
+    Vector scales[2] = {}, bias[2] = {};
+    if (IS_INT8) add(call.weight_scale + column, mask, scales);
+    if (call.bias) add(call.bias + column, mask, bias);
+    const float* row_scale = call.row_scale + square.first_row;
+    const Out* residual = static_cast<const Out*>(call.residual);
+    if (residual) residual += square.first_row * residual_stride + column;
+    Out* out = static_cast<Out*>(call.out) + square.first_row * out_stride + column;
+    for (int64_t row = first; row < end; ++row) {
+      Vector values[2];
+      read_sums(square, row, values);
+      UNROLL for (int64_t i = 0; i < 2; ++i) {
+        const Vector product = IS_INT8 ? values[i] * (row_scale[row] * scales[i]) : values[i];
+        values[i] = activate(product + bias[i]);
+      }
+      if (residual) add(residual + row * residual_stride, mask, values);
+      Out* to = out + row * out_stride;
+      streams ? stream(to, values) : store_first(to, mask, values);
     }
-    activate<false>(call.activation, values);
-    write<bfloat16>(call, row, column, mask, square.streams, values);
   }
 
-  ALWAYS_INLINE void scale(float row_scale, const float* weight_scale, uint32_t mask, Vector (&values)[2]) {
-    Vector scales[2] = {};
-    add(weight_scale, mask, scales);
-    UNROLL for (int64_t i = 0; i < 2; ++i) values[i] *= row_scale * scales[i];
-  }
-
-  template <bool precise>
-  ALWAYS_INLINE void activate(int32_t activation, Vector (&values)[2]) {
-    if (activation == LONGSPAN_NO_ACTIVATION) return;
-    UNROLL for (int64_t i = 0; i < 2; ++i) {
-      if (activation == LONGSPAN_GELU) values[i] = gelu<precise>(values[i]);
-      if (activation == LONGSPAN_GELU_TANH) values[i] = gelu_tanh<precise>(values[i]);
-      if (activation == LONGSPAN_RELU) values[i] = relu(values[i]);
-      if (activation == LONGSPAN_SILU) values[i] = silu<precise>(values[i]);
-    }
+  ALWAYS_INLINE void read_sums(const Finisher& square, int64_t row, Vector (&values)[2]) {
+    UNROLL for (int64_t i = 0; i < 2; ++i) values[i] = Format::sums(square.sums + row * SQUARE + i * LANES);
+    if (!square.has_earlier) return;
+    UNROLL for (int64_t i = 0; i < 2; ++i) values[i] += load(square.earlier + row * SQUARE + i * LANES);
   }
 
   ALWAYS_INLINE void add(const float* from, uint32_t mask, Vector (&values)[2]) {
@@ -155,14 +178,6 @@ struct Finisher {
   }
   ALWAYS_INLINE void store_first(bfloat16* to, uint32_t mask, const Vector (&values)[2]) {
     _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
-  }
-
-  template <class Out>
-  ALWAYS_INLINE void write(const longspan_linear& call, int64_t row, int64_t column, uint32_t mask, bool streams,
-                           Vector (&values)[2]) {
-    if (call.residual) add(static_cast<const Out*>(call.residual) + row * call.residual_stride + column, mask, values);
-    Out* to = static_cast<Out*>(call.out) + row * call.out_stride + column;
-    streams && mask == ~0u ? stream(to, values) : store_first(to, mask, values);
   }
 };
 

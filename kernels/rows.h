@@ -13,6 +13,7 @@
 namespace longspan::LONGSPAN_SET {
 
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Pairs __attribute__((vector_size(LANES * 4)));
 
 // Vectors that a loop treats side by side: a sum or a polynomial of one vector leaves the processor waiting for itself.
 constexpr int64_t GROUP = 4;
@@ -54,33 +55,35 @@ ALWAYS_INLINE void for_each_piece(int64_t width, Work work) {
   for (int64_t first = 0; first < width; first += PIECE) work(first, smaller(PIECE, width - first));
 }
 
-template <class T>
-NO_INLINE void read_elements(const T* from, int64_t count, float scale, const float* bias, float* x) {
+// x = scale * from + bias + residual. bias, residual null: 0.
+template <class T, class R>
+NO_INLINE void read_elements(const T* from, int64_t count, float scale, const float* bias, const R* residual, float* x) {
   for (int64_t i = 0; i < padded_to_groups(count); i += LANES) {
     __builtin_prefetch(reinterpret_cast<const char*>(from + i) + AHEAD);
     Vector value = scale * load_up_to(from + i, count - i);
     if (bias) value += load_up_to(bias + i, count - i);
+    if (residual) {
+      __builtin_prefetch(reinterpret_cast<const char*>(residual + i) + AHEAD);
+      value += load_up_to(residual + i, count - i);
+    }
     store(x + i, value);
   }
 }
 
-// x = `count` columns of a row of the product, from column `first` on.
-ALWAYS_INLINE void read(const longspan_product& from, int64_t row, int64_t first, int64_t count, float* x) {
+// x = `count` columns of a row of the product and the residual, from column `first` on.
+ALWAYS_INLINE void read(const longspan_product& from, const longspan_matrix& residual, int64_t row, int64_t first,
+                        int64_t count, float* x) {
   const float scale = from.row_scale ? from.row_scale[row] : 1;
   const float* bias = from.bias ? from.bias + first : nullptr;
-  with_row(from.data, row, [&](auto* elements) { read_elements(elements + first, count, scale, bias, x); });
+  with_row(from.data, row, [&](auto* elements) {
+    if (!residual.data) return read_elements(elements + first, count, scale, bias, static_cast<float*>(nullptr), x);
+    with_row(residual, row, [&](auto* added) {
+      read_elements(elements + first, count, scale, bias, added + first, x);
+    });
+  });
 }
-
-template <class T>
-NO_INLINE void add_elements(const T* from, int64_t count, float* x) {
-  for (int64_t i = 0; i < count; i += LANES) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from + i) + AHEAD);
-    store(x + i, load(x + i) + load_up_to(from + i, count - i));
-  }
-}
-
-ALWAYS_INLINE void add(const longspan_matrix& from, int64_t row, int64_t first, int64_t count, float* x) {
-  if (from.data) with_row(from, row, [&](auto* elements) { add_elements(elements + first, count, x); });
+ALWAYS_INLINE void read(const longspan_product& from, int64_t row, int64_t first, int64_t count, float* x) {
+  read(from, longspan_matrix{}, row, first, count, x);
 }
 
 template <class T>
@@ -97,6 +100,13 @@ ALWAYS_INLINE void write(const float* x, const longspan_matrix& to, int64_t row,
 
 // The bits of a float grow with its magnitude, and those of NaN are above all others: unlike a comparison of floats,
 // this one does not lose them.
+ALWAYS_INLINE float largest_float(Integers bits) {
+  const int32_t result = largest(bits);
+  float value;
+  memcpy(&value, &result, sizeof value);
+  return value;
+}
+
 NO_INLINE float largest_magnitude(const float* x, int64_t width) {
   Integers most[GROUP] = {};
   for_each_vector(width, [&](int64_t i, int64_t g) {
@@ -104,26 +114,51 @@ NO_INLINE float largest_magnitude(const float* x, int64_t width) {
     most[g] = bits > most[g] ? bits : most[g];
   });
   for (int64_t g = 1; g < GROUP; ++g) most[0] = most[g] > most[0] ? most[g] : most[0];
-  const int32_t result = largest(most[0]);
-  float value;
-  memcpy(&value, &result, sizeof value);
-  return value;
+  return largest_float(most[0]);
 }
 
-NO_INLINE void quantize_row(const float* x, int64_t width, uint8_t* to, float* scale) {
+// The same of bf16 numbers, two of which fill a word.
+NO_INLINE float largest_magnitude(const bfloat16* x, int64_t width) {
+  Pairs most[GROUP] = {};
+  const auto compare = [&](const void* from, int64_t g) {
+    const Pairs bits = load_as<Pairs>(from) & 0x7fff;
+    most[g] = bits > most[g] ? bits : most[g];
+  };
+  int64_t i = 0;
+  for (; i + GROUP * 2 * LANES <= width; i += GROUP * 2 * LANES) {
+    UNROLL for (int64_t g = 0; g < GROUP; ++g) compare(x + i + g * 2 * LANES, g);
+  }
+  for (; i < width; i += 2 * LANES) {
+    bfloat16 part[2 * LANES] = {};
+    memcpy(part, x + i, smaller(2 * LANES, width - i) * sizeof(bfloat16));
+    compare(part, 0);
+  }
+  UNROLL for (int64_t g = 1; g < GROUP; ++g) most[0] = most[g] > most[0] ? most[g] : most[0];
+  const Words pairs = (Words)most[0];
+  const Words lower = pairs << 16, upper = pairs & 0xffff0000;
+  return largest_float((Integers)(upper > lower ? upper : lower));
+}
+
+// most: the largest magnitude of the row.
+template <class T>
+NO_INLINE void quantize_row(const T* x, int64_t width, float most, uint8_t* to, float* scale) {
   constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
-  const float most = largest_magnitude(x, width);
   const Vector inverse = splat(most > 0 ? 127 / most : 0), zero = splat(ROUNDING + 128);
   *scale = most / 127;
   for (int64_t i = 0; i < width; i += LANES) {
-    const Words rounded = (Words)multiply_add(load(x + i), inverse, zero);
+    const Words rounded = (Words)multiply_add(load_up_to(x + i, width - i), inverse, zero);
     const Bytes bytes = __builtin_convertvector(rounded & 255, Bytes);
     i + LANES <= width ? memcpy(to + i, &bytes, LANES) : memcpy(to + i, &bytes, width - i);
   }
 }
 
-ALWAYS_INLINE void quantize_row(const float* x, int64_t width, const longspan_result& to, int64_t row) {
-  if (to.quantized) quantize_row(x, width, to.quantized + row * to.quantized_stride, to.scale + row);
+template <class T>
+ALWAYS_INLINE void quantize_row(const T* x, int64_t width, float most, const longspan_result& to, int64_t row) {
+  if (to.quantized) quantize_row(x, width, most, to.quantized + row * to.quantized_stride, to.scale + row);
+}
+template <class T>
+ALWAYS_INLINE void quantize_row(const T* x, int64_t width, const longspan_result& to, int64_t row) {
+  if (to.quantized) quantize_row(x, width, largest_magnitude(x, width), to, row);
 }
 
 // log2 Phi(n) for n in [-8, 0], which is nearly a parabola. Minimax polynomials of the relative error, 1e-7 and 4e-5.
@@ -218,17 +253,21 @@ NO_INLINE float center_row(float* x, int64_t width, float epsilon) {
   return 1 / sqrtf(sum(squares) / width + epsilon);
 }
 
-// x = factor * x * weight + bias, and the same in `to`, if there is one.
+// x = factor * x * weight + bias, and the same in `to`, if there is one. Gives the largest magnitude.
 template <class T>
-NO_INLINE void scale_elements(float* x, int64_t count, float factor, const float* weight, const float* bias, T* to) {
+NO_INLINE float scale_elements(float* x, int64_t count, float factor, const float* weight, const float* bias, T* to) {
+  Integers most = {};
   for (int64_t i = 0; i < count; i += LANES) {
     Vector value = factor * load(x + i) * load_up_to(weight + i, count - i);
     if (bias) value += load_up_to(bias + i, count - i);
     store(x + i, value);
+    const Integers bits = (Integers)value & 0x7fffffff;
+    most = bits > most ? bits : most;
     if (!to) continue;
     __builtin_prefetch(reinterpret_cast<char*>(to + i) + AHEAD, 1);
     store_up_to(to + i, value, count - i);
   }
+  return largest_float(most);
 }
 
 NO_INLINE void rotate_group(float* x, int64_t half, const float* cos, const float* sin) {
@@ -263,7 +302,12 @@ int for_each_row(int64_t rows, int64_t width, Work work) {
 }
 
 static int copy_rows(int64_t rows, int64_t width, const longspan_product& from, const longspan_result& to) {
+  const bool as_they_are = from.data.dtype == LONGSPAN_BF16 && !from.row_scale && !from.bias && !to.out.data;
   return for_each_row(rows, width, [&](int64_t row, float* x) {
+    if (as_they_are) {
+      const bfloat16* numbers = static_cast<const bfloat16*>(from.data.data) + row * from.data.stride;
+      return quantize_row(numbers, width, to, row);
+    }
     for_each_piece(width, [&](int64_t first, int64_t count) {
       read(from, row, first, count, x + first);
       write(x + first, to.out, row, first, count);
@@ -295,17 +339,14 @@ static int normalize_rows(int64_t rows, int64_t width, const longspan_product& f
                           const longspan_result& to) {
   return for_each_row(rows, width, [&](int64_t row, float* x) {
     for_each_piece(width, [&](int64_t first, int64_t count) {
-      read(from, row, first, count, x + first);
-      add(norm.residual, row, first, count, x + first);
+      read(from, norm.residual, row, first, count, x + first);
       write(x + first, norm.sum, row, first, count);
     });
     const float factor = center_row(x, width, norm.epsilon);
-    if (to.out.data) {
-      with_row(to.out, row, [&](auto* out) { scale_elements(x, width, factor, norm.weight, norm.bias, out); });
-    } else {
-      scale_elements<float>(x, width, factor, norm.weight, norm.bias, nullptr);
-    }
-    quantize_row(x, width, to, row);
+    float most = 0;
+    const auto scale = [&](auto* out) { most = scale_elements(x, width, factor, norm.weight, norm.bias, out); };
+    to.out.data ? with_row(to.out, row, scale) : scale(static_cast<float*>(nullptr));
+    quantize_row(x, width, most, to, row);
   });
 }
 

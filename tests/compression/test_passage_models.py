@@ -84,5 +84,25 @@ def test_a_reader_learns_the_scores_of_another(reader, tmp_path):
     with pytest.raises(NotImplementedError, match="keep='nothing'"):
         distill(reader, student_of(reader, 2), features, tmp_path / "kept", Distillation(epochs=1))
     with pytest.raises(NotImplementedError, match="reads a question twice"):
-        settings = Distillation(loss=DistillationLoss(hidden_states=1))
-        distill(reader, student_of(reader, 2), features, tmp_path / "states", settings)
+        settings = Distillation(loss=DistillationLoss(relations=1))
+        distill(reader, student_of(reader, 2), features, tmp_path / "relations", settings)
+
+
+def test_a_pruned_reader_learns_the_hidden_states_of_the_whole_one(reader, tmp_path):
+    features = Rows(rows(), collate)
+    batches = [features.collate(features.features[:4])]
+    student = prune(reader, batches, Pruning(heads=1, ffn=20))
+
+    @torch.no_grad()
+    def distance(model):
+        batch = collate(features.features)
+        ours, theirs = (one(**batch, output_hidden_states=True).hidden_states for one in (model, reader))
+        assert len(ours) == len(theirs) == 4  # of the embeddings and of 3 layers
+        mask = batch["token_mask"][..., None]
+        return {"closeness": -sum(float(((a - b) * mask).square().sum()) for a, b in zip(ours, theirs, strict=True))}
+
+    before = distance(student)["closeness"]
+    loss = DistillationLoss(logits=0.0, hidden_states=1.0)
+    settings = Distillation(epochs=8, batch=4, learning_rate=1e-3, bf16=False, keep="nothing", loss=loss)
+    trained = distill(reader, student, features, tmp_path / "run", settings, evaluate=distance)
+    assert distance(trained)["closeness"] > before / 2

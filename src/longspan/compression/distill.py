@@ -264,10 +264,10 @@ def _check(teacher: Any, student: Any, rows: Rows, loss: DistillationLoss) -> No
             f"teacher_features must hold the same examples: {len(rows.for_teacher[0])} rows for the teacher, "
             f"{len(rows.features)} for the student"
         )
-    if loss.needs_tokens and any(isinstance(model, LongspanForEvidence) for model in (teacher, student)):
+    if loss.relations and any(isinstance(model, LongspanForEvidence) for model in (teacher, student)):
         raise NotImplementedError(
-            "LongspanForEvidence reads a question twice, so its hidden states are not one row: set hidden_states, "
-            "embeddings and relations to 0"
+            "LongspanForEvidence reads a question twice, so its projections are not those of one row: "
+            "set relations to 0"
         )
     vocabularies = (teacher.config.vocab_size, student.config.vocab_size)
     if rows.teacher_features is None and vocabularies[0] != vocabularies[1]:

@@ -69,10 +69,16 @@ class Layer:
 
         normed: where what qkv reads of a pre-norm stream is to be kept, [T, C]. turn: rotary positions of qkv.
         """
+        self.compute(self.rows(attended, stream, normed=normed, qkv=qkv, turn=turn))
+
+    def rows(
+        self, attended: Tensor, stream: Tensor, *, normed: Tensor | None, qkv: Tensor | None, turn: Turn | None
+    ) -> LayerRows:
+        """Where those tensors lie, for this layer and all of the same widths; they must outlive what this gives."""
         out, *_, following, _, _ = self._parts
         rows = len(stream)
         shape = torch.Size((rows, self.width))
-        call = _LayerRows(
+        call = LayerRows(
             rows,
             matrix(attended, torch.Size((rows, out.packed.in_features))),
             matrix(stream, shape),
@@ -83,9 +89,12 @@ class Layer:
             call.qkv = matrix(qkv, whole)
             if turn is not None:
                 call.rotary = rotary_of(turn, whole)
+        return call
+
+    def compute(self, rows: LayerRows) -> None:
         library = kernels.library()
         assert library is not None
-        _declared(library).longspan_layer_forward(byref(self._call), byref(call))
+        _declared(library).longspan_layer_forward(byref(self._call), byref(rows))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         return self
@@ -102,7 +111,7 @@ class _Layer(Structure):
     )
 
 
-class _LayerRows(Structure):
+class LayerRows(Structure):
     _fields_ = (
         ("rows", c_int64),
         *((name, Matrix) for name in ("attended", "stream", "normed", "qkv")),
@@ -113,6 +122,6 @@ class _LayerRows(Structure):
 @functools.cache
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     function = library.longspan_layer_forward
-    function.argtypes = (POINTER(_Layer), POINTER(_LayerRows))
+    function.argtypes = (POINTER(_Layer), POINTER(LayerRows))
     function.restype, function.errcheck = c_int, kernels.check_status  # type: ignore[assignment]
     return library

@@ -39,10 +39,12 @@ ONE_PASS = 262_144  # tokens; at most some 5 GiB in bf16 for six layers of width
 
 @dataclass
 class EvidenceOutput(ModelOutput):
-    """loss: scalar, where labels came. window_scores [B, M]; -inf at padded windows."""
+    """loss: scalar, where labels came. window_scores [B, M]; -inf at padded windows. hidden_states: [B, N, C] each, of
+    the embeddings and after every layer, where they were asked for."""
 
     loss: Tensor | None = None
     window_scores: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class SpanScorer(nn.Module):
@@ -126,6 +128,7 @@ class LongspanForEvidence(LongspanPreTrainedModel):
         sentence_mask: Tensor | None = None,
         sentence_labels: Tensor | None = None,
         position_offsets: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> EvidenceOutput:
         """Scores of the windows of a batch of rows, and the loss where labels come.
 
@@ -133,17 +136,21 @@ class LongspanForEvidence(LongspanPreTrainedModel):
         Long[B, M, 2] are token ranges of the row, window_mask and window_labels Bool[B, M]; sentences likewise.
         position_offsets Long[B] shift the document's
         positions: they repeat, so training at random offsets makes the model indifferent to where a text begins.
+        output_hidden_states: of the rows; the questions on their own are not among them.
         """
-        document, question = self.encode(input_ids, token_mask, question_lengths, position_offsets)
+        read, question = self._encode_both(
+            input_ids, token_mask, question_lengths, position_offsets, every_layer=output_hidden_states
+        )
+        document, states = read[-1], read if output_hidden_states else None
         scores = self.window_scorer(span_means(document, windows), question).masked_fill(~window_mask, -torch.inf)
         if window_labels is None:
-            return EvidenceOutput(window_scores=scores)
+            return EvidenceOutput(window_scores=scores, hidden_states=states)
         loss = evidence_loss(scores, window_labels)
         if sentences is not None and sentence_mask is not None and sentence_labels is not None:
             sentence_scores = self.sentence_scorer(span_means(document, sentences), question)
             sentence_scores = sentence_scores.masked_fill(~sentence_mask, -torch.inf)
             loss = loss + SENTENCE_WEIGHT * evidence_loss(sentence_scores, sentence_labels)
-        return EvidenceOutput(loss=loss, window_scores=scores)
+        return EvidenceOutput(loss=loss, window_scores=scores, hidden_states=states)
 
     def encode(
         self,
@@ -156,17 +163,24 @@ class LongspanForEvidence(LongspanPreTrainedModel):
 
         token_mask None: no row is padded.
         """
+        states, question = self._encode_both(input_ids, token_mask, question_lengths, position_offsets)
+        return states[-1], question
+
+    def _encode_both(
+        self, input_ids, token_mask, question_lengths, position_offsets, *, every_layer: bool = False
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(states of the rows, of the last layer or of all; question vectors)"""
         index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         is_question = index < question_lengths[:, None]
         position_ids = index
         if position_offsets is not None:
             position_ids = index + torch.where(is_question, 0, position_offsets[:, None])
-        document = self._encode(input_ids, token_mask, is_question, position_ids)
+        states = self._encode(input_ids, token_mask, is_question, position_ids, every_layer)
         longest = int(question_lengths.max())
         alone = is_question[:, :longest]
-        vectors = self._encode(input_ids[:, :longest], alone, None, index[:, :longest]).float()
+        vectors = self._encode(input_ids[:, :longest], alone, None, index[:, :longest])[-1].float()
         question = (vectors * alone[..., None]).sum(1) / question_lengths[:, None]
-        return document, question
+        return states, question
 
     @torch.inference_mode()
     def score_windows(
@@ -240,7 +254,7 @@ class LongspanForEvidence(LongspanPreTrainedModel):
         reach = pattern.reach()
         return ONE_PASS if reach is None else max(reach.before, reach.after)
 
-    def _encode(self, input_ids, token_mask, global_mask, position_ids) -> Tensor:
+    def _encode(self, input_ids, token_mask, global_mask, position_ids, every_layer=False) -> tuple[Tensor, ...]:
         embeddings, encoder = self.longspan.embeddings, self.longspan.encoder
         dtype = embeddings.word.weight.dtype
         if torch.is_autocast_enabled(input_ids.device.type):
@@ -254,7 +268,9 @@ class LongspanForEvidence(LongspanPreTrainedModel):
             for start in range(0, input_ids.shape[1], EMBEDDED_AT_ONCE):
                 part = slice(start, start + EMBEDDED_AT_ONCE)
                 x[:, part] = embeddings(input_ids[:, part], position_ids=position_ids[:, part])
-        return encoder(x, token_mask, global_mask, position_ids=position_ids)
+        if every_layer:
+            return encoder.hidden_states(x, token_mask, global_mask, position_ids=position_ids)
+        return (encoder(x, token_mask, global_mask, position_ids=position_ids),)
 
 
 def _is_compact(name: str | Path, hub: dict[str, Any]) -> bool:

@@ -224,16 +224,10 @@ class PackedBlock(nn.Module):
     def forward(self, work: Workspace, following: PackedBlock | None, final_norm: Norm | None, backend: str) -> None:
         """The layer, and the beginning of the one that follows."""
         self.attend(work, backend)
-        attended = work.attended(self.block)
-        last = following is None
         if self.rest is not None:
-            turn = rotary = qkv = None
-            if following is not None:
-                qkv, rotary = work.qkv(following.block), work.rotary(following.block)
-            if following is not None and rotary is not None:
-                turn = Turn(rotary.cos[0, 0], rotary.sin[0, 0], 2 * following.block.heads)
-            self.rest(attended, work.stream, normed=work.layer_input if work.pre else None, qkv=qkv, turn=turn)
+            self.rest.compute(work.layer_rows(self.rest, self.block, None if following is None else following.block))
             return
+        attended, last = work.attended(self.block), following is None
         next_norm = final_norm if following is None else following.attention_norm
         for chunk in work.chunks:
             product = self.out(work.readable(attended[chunk]), work.sum_of(chunk))
@@ -255,12 +249,9 @@ class PackedBlock(nn.Module):
 
     def attend(self, work: Workspace, backend: str) -> None:
         """What each row reads from those of its sequence, in work.attended."""
-        batch, heads, width = work.batch, self.block.heads, self.block.head_width
-        attended = work.attended(self.block)
-        attended[batch.tokens :] = 0
-        q, k, v = work.qkv(self.block)[: batch.tokens].view(-1, 3, heads, width).unbind(1)  # [T, H, D]
-        out = attended[: batch.tokens].view(-1, heads, width)
-        batch.attend(q, k, v, self.block.pattern, backend, out)
+        batch = work.batch
+        q, k, v, compute = work.attention(self.block, backend)
+        compute()
         if batch.marked is None or (self.qkv_global is None and self.block.pattern == Full()):
             return
         rotary = work.rotary(self.block)
@@ -275,7 +266,7 @@ class PackedBlock(nn.Module):
                 assert work.layer_input is not None
                 turn = None if rotary is None else Rotary(*(part[:, :, start:end] for part in rotary))
                 read = self.qkv_global.read(work.layer_input[start:end], marked, seen, turn)
-            attended[start + marked] = read
+            work.attended(self.block)[start + marked] = read
 
 
 class _Weights:

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, C model width, H heads, D head width, T rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -85,25 +85,31 @@ class Ragged:
                 marked = None if self.marked is None else self.marked[start:end].nonzero()[:, 0]
                 yield start, end, seen, marked if marked is not None and len(marked) else None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str, out: Tensor) -> None:
-        """Attention within each sequence, global tokens seen by all of it. q, k, v, out: [T, H, D]."""
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str, out: Tensor
+    ) -> Callable[[], None]:
+        """Attention within each sequence, global tokens seen by all of it: from q, k and v to out, [T, H, D] each, at
+        every call."""
         has_globals = self.marked is not None and pattern != Full()
         if backend == "auto" and self.seen is None and kernels.library() is not None:
             if has_globals not in self._sequences:
                 self._sequences[has_globals] = native.Sequences(self.offsets, self.marked if has_globals else None)
             try:
-                native.attend_packed(q, k, v, self._sequences[has_globals], pattern, out=out)
-                return
+                return native.packed_attention(q, k, v, self._sequences[has_globals], pattern, out=out)
             except NotImplementedError:  # a pattern that the kernels do not know
                 pass
-        for start, end, seen, marked in self.sequences():
-            seeing = pattern
-            if has_globals and marked is not None:
-                assert self.marked is not None
-                seeing = pattern | GlobalKeys(self.marked[None, start:end])
-            one_q, one_k, one_v = (rows[start:end].transpose(0, 1)[None] for rows in (q, k, v))  # [1, H, n, D]
-            read = attend(one_q, one_k, one_v, seeing, token_mask=seen, backend=backend)
-            out[start:end] = read[0].transpose(0, 1)
+
+        def one_by_one() -> None:
+            for start, end, seen, marked in self.sequences():
+                seeing = pattern
+                if has_globals and marked is not None:
+                    assert self.marked is not None
+                    seeing = pattern | GlobalKeys(self.marked[None, start:end])
+                one_q, one_k, one_v = (rows[start:end].transpose(0, 1)[None] for rows in (q, k, v))  # [1, H, n, D]
+                read = attend(one_q, one_k, one_v, seeing, token_mask=seen, backend=backend)
+                out[start:end] = read[0].transpose(0, 1)
+
+        return one_by_one
 
 
 def depends_on_distance_only(pattern: Pattern) -> bool:

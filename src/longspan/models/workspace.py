@@ -7,19 +7,30 @@ Shapes: T rows, C model width, H heads, D head width, F feed-forward width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan.kernels import empty_in_huge_pages as empty
 from longspan.kernels import rows
-from longspan.kernels.rows import Bytes, Norm, Product
+from longspan.kernels.layer import Layer, LayerRows
+from longspan.kernels.rows import Bytes, Norm, Product, Turn
 from longspan.models.encoder import BlockConfig, EncoderConfig, Rotary
 from longspan.models.ragged import Ragged
 
 ROW_STEP = 16  # rows are counted in sixteens: oneDNN prepares for every number of rows it meets, at a cost of 1 ms
 ROWS_AT_ONCE = 4096
+
+
+class Attention(NamedTuple):
+    """q, k, v: [T, H, D]. compute: reads them, and writes what each row attends to."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    compute: Callable[[], None]
 
 
 class Workspace:
@@ -37,6 +48,8 @@ class Workspace:
         self.config, self.batch, self.dtype = config, batch, dtype
         self._position_ids = position_ids
         self._rotaries: dict[tuple[int, float], Rotary] = {}
+        self._attentions: dict[Any, Attention] = {}
+        self._layer_rows: dict[Any, LayerRows] = {}
         self.pre = config.norm == "pre"
         number = -(-batch.tokens // ROW_STEP) * ROW_STEP
         self.chunks = _cut(number, ROWS_AT_ONCE)
@@ -67,6 +80,31 @@ class Workspace:
     def attended(self, block: BlockConfig) -> Tensor:
         """[T, H*D]"""
         return _matrix(self._attended, len(self.stream), block.heads * block.head_width)
+
+    def attention(self, block: BlockConfig, backend: str) -> Attention:
+        """Attention of this block from `qkv` to `attended`."""
+        key = block.heads, block.head_width, block.pattern
+        if key not in self._attentions:
+            tokens, shape = self.batch.tokens, (block.heads, block.head_width)
+            attended = self.attended(block)
+            attended[tokens:] = 0
+            q, k, v = self.qkv(block)[:tokens].view(-1, 3, *shape).unbind(1)  # [T, H, D]
+            out = attended[:tokens].view(-1, *shape)
+            self._attentions[key] = Attention(q, k, v, self.batch.attention(q, k, v, block.pattern, backend, out))
+        return self._attentions[key]
+
+    def layer_rows(self, layer: Layer, block: BlockConfig, following: BlockConfig | None) -> LayerRows:
+        """What `layer` reads and writes behind the attention of `block`; `following` is the block after it."""
+        after = None if following is None else (following.heads, following.head_width, following.rope_theta)
+        key = block.heads * block.head_width, after
+        if key not in self._layer_rows:
+            qkv = turn = None
+            if following is not None:
+                qkv, rotary = self.qkv(following), self.rotary(following)
+                turn = None if rotary is None else Turn(rotary.cos[0, 0], rotary.sin[0, 0], 2 * following.heads)
+            normed = self.layer_input if self.pre else None
+            self._layer_rows[key] = layer.rows(self.attended(block), self.stream, normed=normed, qkv=qkv, turn=turn)
+        return self._layer_rows[key]
 
     def sum_of(self, chunk: slice) -> Tensor:
         """Where a product that is added to the stream may lie: [chunk, C]."""

@@ -10,7 +10,7 @@ Shapes: B batch, H heads, M queries, N keys, D head width, T tokens of all packe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from longspan.attention.backends import sdpa
 from longspan.attention.backends.lanes import (
     FIELD,
     BiasTable,
+    Call,
     ExtraKeys,
     Offsets,
     Place,
@@ -224,6 +225,23 @@ def attend_packed(
 
     Raises ValueError for inputs that do not fit together, NotImplementedError where the kernels cannot run them.
     """
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype)
+    packed_attention(q, k, v, sequences, pattern, scale=scale, out=out)()
+    return out
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    out: Tensor,
+) -> Callable[[], None]:
+    """`attend_packed` from these tensors to `out`, described once and computed at every call."""
     if q.ndim != 3 or not q.shape == k.shape == v.shape or len(q) != sequences.tokens:
         raise ValueError(
             f"q, k and v must be [T, H, D] with T = {sequences.tokens}, where the sequences end; "
@@ -241,21 +259,26 @@ def attend_packed(
     merged = merges(halves.near)
     if merged and sequences.extra is not None:
         raise NotImplementedError("the kernels compute dilated_segments alone, not beside marked keys")
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype)
-    elif out.shape != q.shape or out.dtype != q.dtype or not out.is_cpu or out.stride(2) != 1:
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_cpu or out.stride(2) != 1:
         raise ValueError(
             f"out must be {q.dtype} {list(q.shape)} on cpu with adjacent numbers in each row; "
             f"got {out.dtype} {list(out.shape)} on {out.device}, strides {list(out.stride())}"
         )
-    q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
-    rows = {"q": q, "k": k, "v": v, "out": out}
-    if merged:  # several calls, or none, write a row
-        rows["out"] = torch.zeros(q.shape) if out.dtype != torch.float32 else out.zero_()
-        rows["lse"] = torch.full((sequences.tokens, heads), -math.inf)
+    factor = width**-0.5 if scale is None else scale
     seen = _Seen(halves.near, sequences.extra, halves.looks_back_only, sequences.masks, sequences.offsets)
-    _compute(rows, seen, width**-0.5 if scale is None else scale)
-    return out if rows["out"] is out else out.copy_(rows["out"])
+    if not merged and all(tensor.stride(2) == 1 for tensor in (q, k, v)):
+        return _Prepared({"q": q, "k": k, "v": v, "out": out}, seen, factor)
+
+    def attend() -> None:
+        rows = {name: with_unit_stride(tensor) for name, tensor in zip("qkv", (q, k, v), strict=True)} | {"out": out}
+        if merged:  # several calls, or none, write a row
+            rows["out"] = torch.zeros(q.shape) if out.dtype != torch.float32 else out.zero_()
+            rows["lse"] = torch.full((sequences.tokens, heads), -math.inf)
+        _compute(rows, seen, factor)
+        if rows["out"] is not out:
+            out.copy_(rows["out"])
+
+    return attend
 
 
 class _Seen(NamedTuple):
@@ -361,6 +384,39 @@ def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float, bias: DistanceB
 
     rows: by field of longspan_lane, [B, H, N, D] with adjacent numbers or [B, H, N]; packed [T, H, D] or [T, H].
     """
+    calls, addresses = _plan(rows, seen, scale)
+    library = kernels.library()
+    assert library is not None
+    backward = "grad_q" in rows
+    run = library.longspan_attention_backward if backward else library.longspan_attention_forward
+    grad_bias = torch.zeros_like(bias.values) if backward and bias is not None else rows["q"].new_empty(0)
+    for number, call in enumerate(calls):
+        biases = [] if bias is None else _bias_tables(bias, seen, number, rows["q"].shape[1], backward)
+        table = call.table(addresses, seen.extra, biases)
+        run(call.settings, table.ctypes.data, len(table))
+        for _, one in biases if backward else ():
+            one.add_to(grad_bias)
+    return grad_bias
+
+
+class _Prepared:
+    """A forward pass without bias, whose tensors keep their places."""
+
+    def __init__(self, rows: dict[str, Tensor], seen: _Seen, scale: float):
+        self.kept = rows, seen  # the tables hold their addresses
+        calls, addresses = _plan(rows, seen, scale)
+        tables = [(call.settings, call.table(addresses, seen.extra)) for call in calls]
+        self.calls = [(settings, table, table.ctypes.data, len(table)) for settings, table in tables]
+
+    def __call__(self) -> None:
+        library = kernels.library()
+        assert library is not None
+        for settings, _, address, number in self.calls:
+            library.longspan_attention_forward(settings, address, number)
+
+
+def _plan(rows: dict[str, Tensor], seen: _Seen, scale: float) -> tuple[tuple[Call, ...], np.ndarray]:
+    """(the calls of the kernels, Int[fields]: where the tensors begin), for rows as `_compute` takes them."""
     if not math.isfinite(scale):
         raise ValueError(f"scale, the factor on q @ k, must be finite; got {scale}")
     q, k = rows["q"], rows["k"]
@@ -373,19 +429,7 @@ def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float, bias: DistanceB
         places.append(Place(field, tensor.dtype, *_strides(tensor, seen.offsets)))
         addresses[FIELD[field]] = tensor.data_ptr()
     shape = batch, heads, queries, keys
-    calls = plan_calls(seen.near, seen.causal_extra, shape, seen.offsets, tuple(places), width, scale)
-    library = kernels.library()
-    assert library is not None
-    backward = "grad_q" in rows
-    run = library.longspan_attention_backward if backward else library.longspan_attention_forward
-    grad_bias = torch.zeros_like(bias.values) if backward and bias is not None else q.new_empty(0)
-    for number, call in enumerate(calls):
-        biases = [] if bias is None else _bias_tables(bias, seen, number, heads, backward)
-        table = call.table(addresses, seen.extra, biases)
-        run(call.settings, table.ctypes.data, len(table))
-        for _, one in biases if backward else ():
-            one.add_to(grad_bias)
-    return grad_bias
+    return plan_calls(seen.near, seen.causal_extra, shape, seen.offsets, tuple(places), width, scale), addresses
 
 
 def _bias_tables(
