@@ -228,46 +228,56 @@ NO_INLINE void activate(float* x, int64_t count, int32_t activation) {
   if (activation == LONGSPAN_SILU) change(x, count, [](Vector v) { return silu<precise>(v); });
 }
 
-ALWAYS_INLINE float sum(const Vector (&parts)[GROUP]) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+// Rows that are normalized side by side: while the sums of one are on their way, the others are worked on, and weight and
+// bias are read once for all.
+constexpr int64_t ROWS_AT_ONCE = 4;
 
-// x = x - mean. Gives the factor that makes the variance 1. Not from the sums of x and x * x: their difference would
-// lose what a large mean leaves.
-NO_INLINE float center_row(float* x, int64_t width, float epsilon) {
-  Vector totals[GROUP] = {}, squares[GROUP] = {};
-  for_each_vector(width, [&](int64_t i, int64_t g) { totals[g] += load(x + i); });
-  const float mean = sum(totals) / width;
-  const auto center = [&](int64_t i, int64_t g) {
-    const Vector v = load(x + i) - mean;
-    store(x + i, v);
-    squares[g] = multiply_add(v, v, squares[g]);
-  };
-  const int64_t whole = width - width % (GROUP * LANES);
-  for_each_vector(whole, center);
-  if (whole < width) {  // what pads the row counts for nothing
-    change(x + whole, width - whole, [&](Vector v) { return v - mean; });
-    memset(x + width, 0, (padded_to_groups(width) - width) * sizeof(float));
-    for_each_vector(width - whole, [&](int64_t i, int64_t g) {
-      squares[g] = multiply_add(load(x + whole + i), load(x + whole + i), squares[g]);
-    });
+// x = x - mean, for rows `stride` apart that are padded with zeros to whole vectors. Gives the factors that make their
+// variances 1. Not from the sums of x and x * x: their difference would lose what a large mean leaves.
+template <int64_t ROWS>
+NO_INLINE void center_rows(float* x, int64_t stride, int64_t width, float epsilon, float* factors) {
+  Vector totals[ROWS] = {}, squares[ROWS] = {}, means[ROWS];
+  const int64_t whole = width - width % LANES;
+  for (int64_t i = 0; i < width; i += LANES) {
+    UNROLL for (int64_t row = 0; row < ROWS; ++row) totals[row] += load(x + row * stride + i);
   }
-  return 1 / sqrtf(sum(squares) / width + epsilon);
+  UNROLL for (int64_t row = 0; row < ROWS; ++row) means[row] = splat(sum(totals[row]) / width);
+  for (int64_t i = 0; i < whole; i += LANES) {
+    UNROLL for (int64_t row = 0; row < ROWS; ++row) {
+      const Vector v = load(x + row * stride + i) - means[row];
+      store(x + row * stride + i, v);
+      squares[row] = multiply_add(v, v, squares[row]);
+    }
+  }
+  for (int64_t row = 0; row < ROWS && whole < width; ++row) {  // what pads the row counts for nothing
+    float* last = x + row * stride + whole;
+    const Vector v = load_part((const float*)last, width - whole) - means[row];
+    store(last, Vector{});
+    store_part(last, v, width - whole);
+    squares[row] = multiply_add(load(last), load(last), squares[row]);
+  }
+  UNROLL for (int64_t row = 0; row < ROWS; ++row) factors[row] = 1 / sqrtf(sum(squares[row]) / width + epsilon);
 }
 
-// x = factor * x * weight + bias, and the same in `to`, if there is one. Gives the largest magnitude.
-template <class T>
-NO_INLINE float scale_elements(float* x, int64_t count, float factor, const float* weight, const float* bias, T* to) {
-  Integers most = {};
-  for (int64_t i = 0; i < count; i += LANES) {
-    Vector value = factor * load(x + i) * load_up_to(weight + i, count - i);
-    if (bias) value += load_up_to(bias + i, count - i);
-    store(x + i, value);
-    const Integers bits = (Integers)value & 0x7fffffff;
-    most = bits > most ? bits : most;
-    if (!to) continue;
-    __builtin_prefetch(reinterpret_cast<char*>(to + i) + AHEAD, 1);
-    store_up_to(to + i, value, count - i);
+// x = factor * x * weight + bias, and the same in `to`, if there is one. Gives the largest magnitude of each row.
+template <int64_t ROWS, class T>
+NO_INLINE void scale_rows(float* x, int64_t stride, int64_t width, const float* factors, const longspan_norm& norm,
+                          T* to, int64_t to_stride, float* most) {
+  Integers found[ROWS] = {};
+  for (int64_t i = 0; i < width; i += LANES) {
+    const Vector weight = load_up_to(norm.weight + i, width - i);
+    const Vector bias = norm.bias ? load_up_to(norm.bias + i, width - i) : Vector{};
+    UNROLL for (int64_t row = 0; row < ROWS; ++row) {
+      const Vector value = factors[row] * load(x + row * stride + i) * weight + bias;
+      store(x + row * stride + i, value);
+      const Integers bits = (Integers)value & 0x7fffffff;
+      found[row] = bits > found[row] ? bits : found[row];
+      if (!to) continue;
+      __builtin_prefetch(reinterpret_cast<char*>(to + row * to_stride + i) + AHEAD, 1);
+      store_up_to(to + row * to_stride + i, value, width - i);
+    }
   }
-  return largest_float(most);
+  UNROLL for (int64_t row = 0; row < ROWS; ++row) most[row] = largest_float(found[row]);
 }
 
 NO_INLINE void rotate_group(float* x, int64_t half, const float* cos, const float* sin) {
@@ -283,9 +293,9 @@ NO_INLINE void rotate_group(float* x, int64_t half, const float* cos, const floa
 // How many threads a kernel may use: one where its caller has shared the rows out already.
 ALWAYS_INLINE int64_t threads_to_take() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
-// Calls work(row, x) for all rows, where x has room for `width` floats and what pads them.
+// Calls work(first, end, x) for shares of the rows, where x has room for `floats` numbers.
 template <class Work>
-int for_each_row(int64_t rows, int64_t width, Work work) {
+int for_each_share(int64_t rows, int64_t width, int64_t floats, Work work) {
   constexpr int64_t NUMBERS_PER_THREAD = 1 << 15;  // fewer are done before another thread has woken up
   if (rows == 0) return LONGSPAN_OK;
   const int64_t threads = smaller(threads_to_take(), divide_up(rows * width, NUMBERS_PER_THREAD));
@@ -293,12 +303,22 @@ int for_each_row(int64_t rows, int64_t width, Work work) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    float* x = static_cast<float*>(thread_workspace(padded_to_groups(width) * static_cast<int64_t>(sizeof(float))));
-    if (!x) __atomic_store_n(&missing, true, __ATOMIC_RELAXED);
-    const int64_t end = x ? rows * (thread + 1) / team : 0;
-    for (int64_t row = rows * thread / team; row < end; ++row) work(row, x);
+    float* x = static_cast<float*>(thread_workspace(floats * static_cast<int64_t>(sizeof(float))));
+    if (x) {
+      work(rows * thread / team, rows * (thread + 1) / team, x);
+    } else {
+      __atomic_store_n(&missing, true, __ATOMIC_RELAXED);
+    }
   }
   return missing ? LONGSPAN_NO_MEMORY : LONGSPAN_OK;
+}
+
+// Calls work(row, x) for all rows, where x has room for `width` floats and what pads them.
+template <class Work>
+int for_each_row(int64_t rows, int64_t width, Work work) {
+  return for_each_share(rows, width, padded_to_groups(width), [&](int64_t first, int64_t end, float* x) {
+    for (int64_t row = first; row < end; ++row) work(row, x);
+  });
 }
 
 static int copy_rows(int64_t rows, int64_t width, const longspan_product& from, const longspan_result& to) {
@@ -335,18 +355,32 @@ static int activate_rows(int64_t rows, int64_t width, const longspan_product& fr
   });
 }
 
+template <int64_t ROWS>
+ALWAYS_INLINE void normalize_some(int64_t first_row, int64_t width, const longspan_product& from,
+                                  const longspan_norm& norm, const longspan_result& to, float* x) {
+  const int64_t stride = padded_to_groups(width);
+  float factors[ROWS], most[ROWS];
+  for (int64_t i = 0; i < ROWS; ++i) {
+    float* row = x + i * stride;
+    for_each_piece(width, [&](int64_t first, int64_t count) {
+      read(from, norm.residual, first_row + i, first, count, row + first);
+      write(row + first, norm.sum, first_row + i, first, count);
+    });
+  }
+  center_rows<ROWS>(x, stride, width, norm.epsilon, factors);
+  const auto scale = [&](auto* out) {
+    scale_rows<ROWS>(x, stride, width, factors, norm, out, to.out.stride, most);
+  };
+  to.out.data ? with_row(to.out, first_row, scale) : scale(static_cast<float*>(nullptr));
+  for (int64_t i = 0; i < ROWS; ++i) quantize_row(x + i * stride, width, most[i], to, first_row + i);
+}
+
 static int normalize_rows(int64_t rows, int64_t width, const longspan_product& from, const longspan_norm& norm,
                           const longspan_result& to) {
-  return for_each_row(rows, width, [&](int64_t row, float* x) {
-    for_each_piece(width, [&](int64_t first, int64_t count) {
-      read(from, norm.residual, row, first, count, x + first);
-      write(x + first, norm.sum, row, first, count);
-    });
-    const float factor = center_row(x, width, norm.epsilon);
-    float most = 0;
-    const auto scale = [&](auto* out) { most = scale_elements(x, width, factor, norm.weight, norm.bias, out); };
-    to.out.data ? with_row(to.out, row, scale) : scale(static_cast<float*>(nullptr));
-    quantize_row(x, width, most, to, row);
+  const int64_t floats = ROWS_AT_ONCE * padded_to_groups(width);
+  return for_each_share(rows, width, floats, [&](int64_t row, int64_t end, float* x) {
+    for (; row + ROWS_AT_ONCE <= end; row += ROWS_AT_ONCE) normalize_some<ROWS_AT_ONCE>(row, width, from, norm, to, x);
+    for (; row < end; ++row) normalize_some<1>(row, width, from, norm, to, x);
   });
 }
 

@@ -9,20 +9,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.ranks import on_ranks
+from tests.models.tiny import tiny_config, translated
 from tests.models.tiny import tiny_model as bert_model
-from tests.models.tiny import translated
 from tests.models.tiny_language_models import POSITIONS, VOCABULARY, some_ids, tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from longspan import accelerate
 from longspan.attention import Full, SlidingWindow
 from longspan.distributed import SequenceShards, shard
-from longspan.models import LongNetModel
+from longspan.models import LongNetModel, LongspanForSpanClassification
+from longspan.models.checkpoints import translate_config
 from longspan.models.encoder import BlockConfig, Encoder, EncoderConfig
 from longspan.models.longnet import LongNetConfig
 
-B = 2
+B, QA = 2, "question_answering"
 LENGTHS = {1: (33,), 2: (13, 20), 3: (7, 20, 6), 4: (9, 1, 17, 6)}
 CLOSE = {"rtol": 0, "atol": 1e-10}
 
@@ -264,6 +266,81 @@ def test_encoders_with_their_embeddings_and_losses_are_those_of_one_process(worl
     on_ranks(world, tmp_path, whole_encoders, world)
 
 
+def made_in_double(family: str, task: str | None, **changes) -> nn.Module:
+    if task == "spans":
+        torch.manual_seed(3)
+        model = LongspanForSpanClassification(translate_config(tiny_config(family)))
+    else:
+        model = translated(bert_model(family, task, **changes), task)
+    return model.double().eval()
+
+
+def pooled_heads(rank: int, world: int) -> None:
+    here, total = part_of(rank, world), sum(LENGTHS[world])
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 90, (B, total), generator=generator)
+    ids[0, 3] = ids[1, total // 2] = 2  # the separators, the second one beyond the first rank
+    mask = torch.ones_like(ids)
+    mask[1, : LENGTHS[world][0] + 2] = 0  # a row whose first token is not on the first rank
+    mask[0, total - 2 :] = 0
+    one_label, two_numbers = torch.tensor([1, 0]), {"start_positions": [2, total - 5], "end_positions": [4, total + 9]}
+    places = {name: torch.tensor(values) for name, values in two_numbers.items()}
+    spans = torch.tensor([[[1, 4], [total - 7, total - 2]], [[total - 9, total - 4], [total - 3, total]]])
+    for family, task, given, changes in (
+        ("bert", None, {}, {}),  # the pooler
+        ("bert", "sequence_classification", {"labels": one_label}, {}),
+        ("roberta", "sequence_classification", {"labels": one_label}, {}),
+        ("longformer", "sequence_classification", {"labels": one_label}, {}),  # whose first token is global
+        ("modernbert", "sequence_classification", {"labels": one_label}, {"classifier_pooling": "mean"}),
+        ("modernbert", "sequence_classification", {"labels": one_label}, {"classifier_pooling": "cls"}),
+        ("longformer", QA, places, {}),  # where all before the separator is global
+        ("roberta", QA, places, {}),
+        ("bert", "multiple_choice", {"labels": one_label[:1]}, {}),
+        ("longformer", "multiple_choice", {"labels": one_label[:1]}, {}),  # where all after the separator is
+        ("longformer", "spans", {"span_ranges": spans, "labels": one_label}, {}),
+    ):
+        case = f"{family}, {task}, {changes}, rank {rank}"
+        whole, model = (made_in_double(family, task, **changes) for _ in range(2))
+        padded = ids.masked_fill(mask == 0, whole.config.pad_token_id)
+        inputs = [padded, mask] if task != "multiple_choice" else [padded[None], mask[None]]
+        expected = whole(*inputs, **given)
+        shard(model)
+        found = model(*(part[..., here] for part in inputs), **given)
+        if task is None:
+            torch.testing.assert_close(found.pooler_output, expected.pooler_output, **CLOSE)
+            expected.pooler_output.square().sum().backward()
+            found.pooler_output.square().sum().backward()
+        else:
+            torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+            if task == QA:
+                seen = mask[:, here].bool()
+                torch.testing.assert_close(found.end_logits[seen], expected.end_logits[:, here][seen], **CLOSE)
+            else:
+                torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+            expected.loss.backward()
+            found.loss.backward()
+        compare(summed_gradients(model), gradients(whole), case)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_heads_of_whole_rows_are_those_of_one_process(world, tmp_path):
+    on_ranks(world, tmp_path, pooled_heads, world)
+
+
+def dropped_head(rank: int) -> None:
+    torch.manual_seed(rank)
+    model = made_in_double("roberta", "sequence_classification")
+    model.head.input_drop.p = model.head.drop.p = 0.5
+    shard(model.train())
+    logits = model(some_ids(2, 9)[:, :4]).logits
+    said = SequenceShards(1).gather_rows(logits)
+    assert torch.equal(*said) and torch.equal(logits, said[0])
+
+
+def test_dropout_in_a_head_gives_all_ranks_the_same_logits(tmp_path):
+    on_ranks(2, tmp_path, dropped_head)
+
+
 def bytes_of_global_rows(rank: int) -> list[int]:
     block = BlockConfig(heads=2, head_width=8, ffn_width=8, pattern=SlidingWindow(3, 3), global_projections=True)
     encoder = Encoder(EncoderConfig(width=16, blocks=(block,))).double()
@@ -317,8 +394,10 @@ def refused(rank: int) -> list[str]:
     left[1, -1] = rank  # padding before the second rank's tokens
     longnet = tiny_model("longnet", positions="bucketed")
     shard(longnet)
-    pooled, long = translated(bert_model("bert")), translated(bert_model("bert", "masked_lm"), "masked_lm")
+    plugged, packed = accelerate(bert_model("bert")), accelerate(translated(bert_model("bert")), precision="fp32")
+    long, asked = (translated(bert_model(*of), of[1]) for of in (("bert", "masked_lm"), ("longformer", QA)))
     shard(long)
+    shard(asked)
     calls = [
         partial(model, ids, gap if rank else None),
         partial(model, ids, left),
@@ -326,7 +405,9 @@ def refused(rank: int) -> list[str]:
         partial(model, ids, use_cache=True),
         partial(model.generate, ids, max_new_tokens=2),
         partial(longnet, ids),
-        partial(shard, pooled),
+        partial(shard, plugged),
+        partial(shard, packed),
+        partial(asked, torch.full_like(ids, 9)),
         partial(long, some_ids(1, 40 if rank else 30)),
         partial(shard, nn.Linear(2, 2)),
     ]
@@ -350,7 +431,9 @@ def test_what_cannot_be_sharded_is_refused_on_all_ranks(tmp_path):
                 "not continued token by token",
                 "not continued token by token",
                 "a bias by distance cannot be sharded",
+                "BertModel cannot be sharded",
                 "LongspanModel cannot be sharded",
+                "rows [0, 1] hold no separator token",
                 "the input needs positions for 70 tokens and this model has 64",
                 "Linear cannot be sharded",
             ),

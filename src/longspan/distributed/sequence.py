@@ -19,34 +19,34 @@ from longspan.distributed.shards import SequenceShards
 from longspan.models.decoder import Decoder
 from longspan.models.embeddings import Embeddings
 from longspan.models.encoder import Encoder
-from longspan.models.heads import LongspanForMaskedLM, LongspanForTokenClassification
-from longspan.models.model import LongspanModel
-from longspan.models.sequence import Place, WholeSequence
+from longspan.models.evidence import LongspanForEvidence
+from longspan.models.language_model import StackPreTrainedModel
+from longspan.models.model import LongspanPreTrainedModel
+from longspan.models.sequence import Place, WholeSequence, first_tokens
 
 
 def shard(model: nn.Module, group: dist.ProcessGroup | DeviceMesh | None = None) -> None:
     """From now on the tokens that `model` is given are this rank's part of sequences that lie on a group's ranks.
 
-    model: a language model of ours, a `LongspanModel` without pooler, LongspanForMaskedLM or
-    LongspanForTokenClassification, or a `Decoder` or `Encoder` alone. Its forward is called on all ranks together,
-    each with the same number of rows and any number of tokens, one at least; rank after rank they make the sequence.
-    What comes out is this rank's part of one process's output, the loss is that of the whole sequence, on every rank,
-    and the gradients of weights add up over the ranks to those of one process. (DistributedDataParallel takes their
-    mean: multiply the loss by the number of ranks in a group.) Dropout draws from each rank's own generator: seed the
-    ranks differently.
+    model: a model of ours, language model or encoder with any head or none (not LongspanForEvidence), or a `Decoder` or
+    `Encoder` alone. Its forward is called on all ranks together, each with the same number of rows and any number of
+    tokens, one at least; rank after rank they make the sequence.
+    What comes out is this rank's part of one process's output and, where it is of whole rows (their loss, their class,
+    the pooler's vector), all of it on every rank. The gradients of weights add up over the ranks to those of one
+    process. (DistributedDataParallel takes their mean: multiply the loss by the number of ranks in a group.) Labels of
+    rows, places of answers and ranges of spans, which count from the start of the sequence, are given to all ranks.
+    Dropout draws from each rank's own generator: seed the ranks differently.
     group: as in `SequenceShards`. None for all processes.
-    Raises RuntimeError where torch.distributed was not started, NotImplementedError for a model whose head reads some
-    tokens of the sequence only, or without layers of ours.
+    Raises RuntimeError where torch.distributed was not started, NotImplementedError for other models.
     """
     parts = _parts(model)
-    reads_all = isinstance(model, LongspanForMaskedLM | LongspanForTokenClassification) or (
-        isinstance(model, LongspanModel) and model.pooler is None
-    )
-    if not parts or (any(isinstance(part, Embeddings) for part in parts) and not reads_all):
+    is_ours = isinstance(model, Decoder | Encoder | StackPreTrainedModel | LongspanPreTrainedModel)
+    computes = any(isinstance(part, Decoder | Encoder) for part in parts)  # and is not packed for inference
+    if not is_ours or not computes or isinstance(model, LongspanForEvidence):
         raise NotImplementedError(
-            f"{type(model).__name__} cannot be sharded along its sequences; there is LongformerForCausalLM, "
-            f"LongNetForCausalLM and their base models, LongspanForMaskedLM, LongspanForTokenClassification, "
-            f"LongspanModel with add_pooling_layer=False, and the Encoder alone"
+            f"{type(model).__name__} cannot be sharded along its sequences; there are LongformerForCausalLM, "
+            f"LongNetForCausalLM, LongspanModel and its heads but for LongspanForEvidence, not packed for inference, "
+            f"and the Encoder alone"
         )
     sequence = ShardedSequence(group)
     for part in parts:
@@ -99,10 +99,56 @@ class ShardedSequence(WholeSequence):
         firsts = [*self.shards.gather_rows(labels[:, :1])[self.shards.rank + 1 :], torch.full_like(labels[:, :1], -100)]
         return torch.cat((labels[:, 1:], firsts[0]), 1)
 
+    def least(self, numbers: Tensor) -> Tensor:
+        return torch.stack(self.shards.gather_rows(numbers)).amin(0)
+
     def total(self, part: Tensor) -> Tensor:
         """Its gradient is that of this rank's part."""
         own = part.detach()
         return part + (torch.stack(self.shards.gather_rows(own)).sum(0) - own)
+
+    def shared(self, part: Tensor) -> Tensor:
+        return _Shared.apply(part, self.shards)  # type: ignore[return-value]
+
+    def once(self, alike: Tensor) -> Tensor:
+        """The first rank's, as dropout may have made them different, and so are its gradients."""
+        return _Once.apply(alike, self.shards)  # type: ignore[return-value]
+
+    def whole(self, part: Tensor) -> Tensor:
+        lengths = self.shards.gather(part.shape[1])
+        longest = torch.cat(
+            (part.detach(), part.new_zeros(len(part), max(lengths) - part.shape[1], *part.shape[2:])), 1
+        )
+        parts = [rows[:, :length] for rows, length in zip(self.shards.gather_rows(longest), lengths, strict=True)]
+        parts[self.shards.rank] = part
+        return torch.cat(parts, 1)
+
+    def first(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        held = torch.ones_like(x[:, 0, 0], dtype=torch.bool) if token_mask is None else token_mask.any(1)
+        holder = torch.stack(self.shards.gather_rows(held)).int().argmax(0)
+        return self.shared(torch.where((holder == self.shards.rank)[:, None], first_tokens(x, token_mask), 0))
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shards: SequenceShards) -> Tensor:
+        ctx.shards = shards
+        return torch.stack(shards.gather_rows(part)).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return torch.stack(ctx.shards.gather_rows(grad)).sum(0), None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, alike: Tensor, shards: SequenceShards) -> Tensor:
+        ctx.counts = shards.rank == 0
+        return shards.gather_rows(alike)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad if ctx.counts else torch.zeros_like(grad), None
 
 
 class _ShardedPlace(Place):

@@ -23,7 +23,8 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from longspan.models.config import LongspanConfig
-from longspan.models.model import Head, LongspanModel, LongspanPreTrainedModel, first_tokens
+from longspan.models.model import Head, LongspanModel, LongspanPreTrainedModel
+from longspan.models.sequence import WholeSequence
 
 logger = logging.get_logger(__name__)
 
@@ -89,14 +90,19 @@ class _TaskModel(LongspanPreTrainedModel):
         outputs = self.longspan(
             input_ids, token_mask, global_mask, token_type_ids, position_ids, inputs_embeds, *asked, return_dict=True
         )
-        x = outputs.last_hidden_state  # [B, N, C]
+        x, sequence = outputs.last_hidden_state, self.sequence  # [B, N, C]
+        if self.described.pooling is None:
+            return self.classifier(self.head(x)), outputs.hidden_states
         if self.described.pooling == "pooler":
             x = outputs.pooler_output  # [B, C]
-        elif self.described.pooling == "first":
-            x = first_tokens(x, token_mask)
-        elif self.described.pooling == "mean":
-            x = _mean_of_tokens(x, token_mask)
-        return self.classifier(self.head(x)), outputs.hidden_states
+        else:
+            x = (sequence.first if self.described.pooling == "first" else sequence.mean)(x, token_mask)
+        return sequence.once(self.classifier(self.head(x))), outputs.hidden_states
+
+    @property
+    def sequence(self) -> WholeSequence:
+        """What the tokens of a forward pass are a part of."""
+        return self.longspan.embeddings.sequence
 
     def choose_global_tokens(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_mask: Tensor | None
@@ -108,14 +114,15 @@ class _TaskModel(LongspanPreTrainedModel):
         if self.described.global_tokens == "first":
             if token_mask is None:
                 token_mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-            return token_mask & (token_mask.cumsum(1) == 1)
+            passed = self.sequence.before(token_mask.sum(1))[:, None]
+            return token_mask & (token_mask.cumsum(1) + passed == 1)
         if input_ids is None:
             logger.warning_once(
                 "inputs_embeds shows no separators, so no token gets global attention: pass global_attention_mask"
             )
             return None
-        first, is_separator = _first_separators(input_ids, self.config.sep_token_id)
-        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        first, is_separator = _first_separators(input_ids, self.config.sep_token_id, self.sequence)
+        index = _places(given, self.sequence)
         if self.described.global_tokens == "before_separator":
             return index < first
         return (index > first) & ~((index == first + 1) & is_separator)  # RoBERTa puts two separators in between
@@ -127,8 +134,10 @@ class _TaskModel(LongspanPreTrainedModel):
         summed = F.cross_entropy(logits, labels, reduction="sum")
         if num_items_in_batch is not None:
             return summed / num_items_in_batch
-        sequence = self.longspan.embeddings.sequence
-        return sequence.total(summed) / sequence.total((labels != -100).sum())
+        counted = (labels != -100).sum()
+        if self.described.pooling is not None:
+            return summed / counted
+        return self.sequence.total(summed) / self.sequence.total(counted)
 
 
 class LongspanForMaskedLM(_TaskModel):
@@ -207,7 +216,8 @@ class LongspanForQuestionAnswering(_TaskModel):
         start, end = (part.contiguous() for part in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start, end, start_positions, end_positions)
+            every = self.sequence.whole(logits)
+            loss = self.loss_function(every[..., 0], every[..., 1], start_positions, end_positions)
         return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, hidden_states=states)
 
 
@@ -281,14 +291,15 @@ class LongspanForSpanClassification(LongspanPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        spans = self._span_mask(span_ranges, given.shape[1])  # [B, S, N]
+        sequence, places = self.longspan.embeddings.sequence, _places(given, self.longspan.embeddings.sequence)
+        spans = self._span_mask(span_ranges, places)  # [B, S, N]
         if attention_mask is not None:
             spans = spans & attention_mask.bool()[:, None]
-        if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()) and not bool(spans.any(-1).all()):
+        lengths = sequence.total(spans.sum(-1, keepdim=True))
+        if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()) and not bool(lengths.all()):
             raise ValueError("a span in span_ranges holds no token: start < end, and it must not lie in padding")
         if global_attention_mask is None and self._has_global_projections:
-            first = torch.arange(given.shape[1], device=given.device) == 0
-            global_attention_mask = spans.any(1) | first
+            global_attention_mask = spans.any(1) | (places == 0)
         outputs = self.longspan(
             input_ids,
             attention_mask,
@@ -301,10 +312,10 @@ class LongspanForSpanClassification(LongspanPreTrainedModel):
             return_dict=True,
         )
         x = outputs.last_hidden_state  # [B, N, C]
-        shares = spans.to(x.dtype) / spans.sum(-1, keepdim=True)
-        means = (shares @ x).flatten(1)  # [B, S * C]
+        means = sequence.shared((spans.to(x.dtype) / lengths) @ x).flatten(1)  # [B, S * C]
         token_mask = None if attention_mask is None else attention_mask.bool()
-        logits = self.classifier(self.dropout(torch.cat((first_tokens(x, token_mask), means), -1)))
+        read = torch.cat((sequence.first(x, token_mask), means), -1)
+        logits = sequence.once(self.classifier(self.dropout(read)))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels.to(logits.device))
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
@@ -312,36 +323,36 @@ class LongspanForSpanClassification(LongspanPreTrainedModel):
     def _has_global_projections(self) -> bool:
         return any(block.global_projections for block in self.config.encoder_config.blocks)
 
-    def _span_mask(self, span_ranges: Tensor | None, tokens: int) -> Tensor:
-        """Bool[B, S, N]"""
+    def _span_mask(self, span_ranges: Tensor | None, places: Tensor) -> Tensor:
+        """Bool[B, S, N]. places: Long[N]."""
         count = self.config.num_spans
         if span_ranges is None or span_ranges.dim() != 3 or span_ranges.shape[1:] != (count, 2):
             got = "none" if span_ranges is None else tuple(span_ranges.shape)
             raise ValueError(f"span_ranges must have the shape [B, {count}, 2], start and end of each span; got {got}")
-        place = torch.arange(tokens, device=span_ranges.device)
-        return (place >= span_ranges[..., :1]) & (place < span_ranges[..., 1:])
+        return (places >= span_ranges[..., :1]) & (places < span_ranges[..., 1:])
 
 
-def _mean_of_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """x [B, N, C] -> [B, C], without what stands in padding."""
-    if token_mask is None:
-        return x.mean(1)
-    tokens = x.masked_fill(~token_mask[..., None], 0)
-    return tokens.sum(1) / token_mask.sum(1, keepdim=True).clamp(min=1)
+def _places(given: Tensor, sequence: WholeSequence) -> Tensor:
+    """Where the tokens of given [B, N, ...] stand in their sequence, Long[N]."""
+    start, _ = sequence.span(given.shape[1])
+    return torch.arange(start, start + given.shape[1], device=given.device)
 
 
-def _first_separators(input_ids: Tensor, separator: int | None) -> tuple[Tensor, Tensor]:
+def _first_separators(input_ids: Tensor, separator: int | None, sequence: WholeSequence) -> tuple[Tensor, Tensor]:
     """(place of each row's first separator Long[B, 1], all separators Bool[B, N]). ValueError for a row without one."""
     if separator is None:
         raise ValueError(
             "config.sep_token_id is None, so the global tokens cannot be told: set it, or pass global_attention_mask"
         )
     is_separator = input_ids == separator
+    start, total = sequence.span(input_ids.shape[1])
+    here = torch.where(is_separator.any(1), is_separator.int().argmax(1) + start, total)
+    first = sequence.least(here)
     if not torch.compiler.is_compiling():
-        lacking = (~is_separator.any(1)).nonzero()[:, 0].tolist()
+        lacking = (first == total).nonzero()[:, 0].tolist()
         if lacking:
             raise ValueError(
                 f"rows {lacking} hold no separator token (id {separator}), so where the question ends cannot be told: "
                 f"separate question and text, or pass global_attention_mask"
             )
-    return is_separator.int().argmax(1, keepdim=True), is_separator
+    return first[:, None], is_separator

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -181,18 +180,10 @@ class LongspanModel(LongspanPreTrainedModel):
             x = states[-1]
         else:
             x = self.encoder(x, token_mask, global_mask, position_ids=position_ids)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=x,
-            pooler_output=None if self.pooler is None else self.pooler(first_tokens(x, token_mask)),
-            hidden_states=states,
-        )
-
-
-def first_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """The vector of each row's first token, [B, C], also where padding stands before it."""
-    if token_mask is None:
-        return x[:, 0]
-    return x[torch.arange(x.shape[0], device=x.device), token_mask.int().argmax(1)]
+        pooled, sequence = None, self.embeddings.sequence
+        if self.pooler is not None:
+            pooled = sequence.once(self.pooler(sequence.first(x, token_mask)))
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled, hidden_states=states)
 
 
 def _is_packed(name: Any, config: PreTrainedConfig | None, kwargs: dict[str, Any]) -> bool:

@@ -21,8 +21,8 @@ from longspan.models.compiled import CompiledEncoder
 from longspan.models.config import LongspanConfig
 from longspan.models.embeddings import EmbeddingsConfig, check_length
 from longspan.models.encoder import Encoder
-from longspan.models.model import first_tokens
 from longspan.models.packed import InferenceEncoder, PackedEncoder, Precision, check_precision, check_weights
+from longspan.models.sequence import first_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -68,6 +68,40 @@ class WholeSequence:
         """The label of the token after each, Long[B, N]; -100 after the last."""
         return F.pad(labels[:, 1:], (0, 1), value=-100)
 
+    def least(self, numbers: Tensor) -> Tensor:
+        """The smallest that any tokens of the sequence give, each for itself. numbers: Long[B]."""
+        return numbers
+
     def total(self, part: Tensor) -> Tensor:
         """The sum over the sequence of what its parts give."""
         return part
+
+    def shared(self, part: Tensor) -> Tensor:
+        """`total`, for all to compute with: what they make of it comes back to each part as a gradient."""
+        return part
+
+    def once(self, alike: Tensor) -> Tensor:
+        """What all have computed of `shared` numbers, so that its gradients count once and not for each of them."""
+        return alike
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The parts [B, N, ...] of all one after the other; gradients reach one's own."""
+        return part
+
+    def first(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The vector of each row's first token, [B, C], also where padding stands before it. x: [B, N, C]."""
+        return first_tokens(x, token_mask)
+
+    def mean(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The mean vector of each row's tokens, [B, C]. x: [B, N, C]."""
+        if token_mask is None:
+            token_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        tokens = x.masked_fill(~token_mask[..., None], 0)
+        return self.shared(tokens.sum(1)) / self.total(token_mask.sum(1, keepdim=True)).clamp(min=1)
+
+
+def first_tokens(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """The vector of each row's first token, [B, C], also where padding stands before it."""
+    if token_mask is None:
+        return x[:, 0]
+    return x[torch.arange(x.shape[0], device=x.device), token_mask.int().argmax(1)]

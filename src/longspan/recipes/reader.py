@@ -32,6 +32,7 @@ from longspan.training.reader import ReaderTraining, TrainingRows, calibrate, sp
 from longspan.training.reading import read_held_out
 
 CALIBRATION_ROWS = 64
+HIDDEN_STATES = 300.0  # their mean squared distance is a few hundredths, a divergence of scores some units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +61,10 @@ class Readers:
         SmallReader(name="two thirds", heads=8, units=1024),
         SmallReader(name="half", heads=6, units=768),
     )
-    steps: int = 400
+    steps: int = 600
     batch: int = 4
     tokens_per_row: int = 1024
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     calibrated: int = 100
     questions: int | None = None
     condition: Literal["as_is", "buried"] = "as_is"
@@ -175,7 +176,7 @@ class Steps:
         batches = [self.collate(chosen[first : first + 4]) for first in range(0, len(chosen), 4)]
         small = prune(teacher, batches, Pruning(heads=reader.heads, ffn=reader.units, layers="global"))
         settings = Distillation(
-            loss=DistillationLoss(logits=1.0, hard_labels=0.2),
+            loss=DistillationLoss(logits=1.0, hard_labels=0.2, hidden_states=HIDDEN_STATES),
             steps=self.config.steps,
             batch=self.config.batch,
             learning_rate=self.config.learning_rate,
