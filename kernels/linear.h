@@ -130,7 +130,7 @@ struct Finisher {
     Vector scales[2] = {}, bias[2] = {};
     if (IS_INT8) add(call.weight_scale + column, mask, scales);
     if (call.bias) add(call.bias + column, mask, bias);
-    const float* row_scale = call.row_scale + square.first_row;
+    const float* row_scale = IS_INT8 ? call.row_scale + square.first_row : nullptr;
     const Out* residual = static_cast<const Out*>(call.residual);
     if (residual) residual += square.first_row * residual_stride + column;
     Out* out = static_cast<Out*>(call.out) + square.first_row * out_stride + column;
