@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, C model width.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from functools import partial, update_wrapper
 from typing import Any, NamedTuple, TypeVar
@@ -145,11 +146,18 @@ def _make_encoder(base: Any, place: Place, config: LongspanConfig) -> Encoder:
     return encoder.train(base.training)
 
 
+@functools.cache
+def _signature(kind: type[Any]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
 def _forward(
     base: Any, place: Place, embeddings: EmbeddingsConfig, *args: Any, **kwargs: Any
 ) -> ModelOutput | tuple[Any, ...]:
     """What the base model's own forward returns for these arguments, which are its own."""
-    given = inspect.signature(type(base).forward).bind(base, *args, **kwargs).arguments
+    kind = type(base)
+    signature = inspect.signature(kind.forward) if torch.compiler.is_compiling() else _signature(kind)
+    given = signature.bind(base, *args, **kwargs).arguments
     given = given | given.pop("kwargs", {})
 
     def asked(option: str) -> Any:
