@@ -82,7 +82,8 @@ def _count(result: dict[str, Any]) -> str:
         return f"{stretches} stretches of {scored} characters"
     if "questions" in result:
         return f"{result['questions']} questions"
-    return f"{result['config']['test_rows']} reviews"
+    config = result["config"]
+    return f"{config['test_rows']} reviews" if "test_rows" in config else f"{config['questions']} questions"
 
 
 def _character_tables(result: dict[str, Any]) -> list[str]:
