@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longspan import kernels
 from longspan.attention import DilatedSegments, Full, GlobalKeys, Pattern, SlidingWindow, attend, explain
-from longspan.attention.backends.native import Sequences, attend_packed
+from longspan.attention.backends.packed_sequences import Sequences, packed_attention
 from longspan.attention.patterns import pattern_to_parts
 
 library = kernels.library()
@@ -267,6 +267,12 @@ print(-peak(2**10) + peak(2**16))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert float(done.stdout) < 60, done.stderr
+
+
+def attend_packed(q, k, v, sequences, pattern=None, *, out=None, **options):
+    out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+    packed_attention(q, k, v, sequences, pattern or Full(), out=out, **options)()
+    return out
 
 
 PACKED = {

@@ -56,25 +56,20 @@ class Layer:
         norms = [norm_of(part, None, None, torch.Size((0, self.width))) for part in (attention_norm, ffn_norm)]
         self._call = _Layer(*linears, *norms, pre_norm, ACTIVATIONS[activation], gated)
 
-    def __call__(
-        self,
-        attended: Tensor,
-        stream: Tensor,
-        *,
-        normed: Tensor | None = None,
-        qkv: Tensor | None = None,
-        turn: Turn | None = None,
-    ) -> None:
-        """Adds to stream [T, C] and writes the next layer's qkv [T, 3*H*D], from attended [T, H*D].
-
-        normed: where what qkv reads of a pre-norm stream is to be kept, [T, C]. turn: rotary positions of qkv.
-        """
-        self.compute(self.rows(attended, stream, normed=normed, qkv=qkv, turn=turn))
+    def __call__(self, rows: LayerRows) -> None:
+        """Adds to the stream and writes the next layer's queries, keys and values, where `rows` says they lie."""
+        library = kernels.library()
+        assert library is not None
+        _declared(library).longspan_layer_forward(byref(self._call), byref(rows))
 
     def rows(
         self, attended: Tensor, stream: Tensor, *, normed: Tensor | None, qkv: Tensor | None, turn: Turn | None
     ) -> LayerRows:
-        """Where those tensors lie, for this layer and all of the same widths; they must outlive what this gives."""
+        """Where the rows of a call lie, for this layer and all of the same widths. The tensors must outlive it.
+
+        attended: [T, H*D], what is read. stream: [T, C], what is added to. qkv: [T, 3*H*D], of the next layer. normed:
+        where what qkv reads of a pre-norm stream is to be kept, [T, C]. turn: rotary positions of qkv.
+        """
         out, *_, following, _, _ = self._parts
         rows = len(stream)
         shape = torch.Size((rows, self.width))
@@ -90,11 +85,6 @@ class Layer:
             if turn is not None:
                 call.rotary = rotary_of(turn, whole)
         return call
-
-    def compute(self, rows: LayerRows) -> None:
-        library = kernels.library()
-        assert library is not None
-        _declared(library).longspan_layer_forward(byref(self._call), byref(rows))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         return self

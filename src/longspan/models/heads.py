@@ -291,7 +291,8 @@ class LongspanForSpanClassification(LongspanPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        sequence, places = self.longspan.embeddings.sequence, _places(given, self.longspan.embeddings.sequence)
+        sequence = self.longspan.embeddings.sequence
+        places = _places(given, sequence)
         spans = self._span_mask(span_ranges, places)  # [B, S, N]
         if attention_mask is not None:
             spans = spans & attention_mask.bool()[:, None]

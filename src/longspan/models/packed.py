@@ -225,7 +225,7 @@ class PackedBlock(nn.Module):
         """The layer, and the beginning of the one that follows."""
         self.attend(work, backend)
         if self.rest is not None:
-            self.rest.compute(work.layer_rows(self.rest, self.block, None if following is None else following.block))
+            self.rest(work.layer_rows(self.rest, self.block, None if following is None else following.block))
             return
         attended, last = work.attended(self.block), following is None
         next_norm = final_norm if following is None else following.attention_norm

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspan import kernels
 from longspan.attention import Full, GlobalKeys, Pattern, SlidingWindow, attend
-from longspan.attention.backends import native
+from longspan.attention.backends.packed_sequences import Sequences, packed_attention
 
 
 class Ragged:
@@ -45,7 +45,7 @@ class Ragged:
             marked = global_mask if token_mask is None else global_mask & token_mask
             marked = self._rows_of(marked[..., None])[:, 0]
             self.marked = marked.contiguous() if bool(marked.any()) else None
-        self._sequences: dict[bool, native.Sequences] = {}
+        self._sequences: dict[bool, Sequences] = {}
 
     @property
     def tokens(self) -> int:
@@ -93,9 +93,9 @@ class Ragged:
         has_globals = self.marked is not None and pattern != Full()
         if backend == "auto" and self.seen is None and kernels.library() is not None:
             if has_globals not in self._sequences:
-                self._sequences[has_globals] = native.Sequences(self.offsets, self.marked if has_globals else None)
+                self._sequences[has_globals] = Sequences(self.offsets, self.marked if has_globals else None)
             try:
-                return native.packed_attention(q, k, v, self._sequences[has_globals], pattern, out=out)
+                return packed_attention(q, k, v, self._sequences[has_globals], pattern, out=out)
             except NotImplementedError:  # a pattern that the kernels do not know
                 pass
 

@@ -1,4 +1,4 @@
-"""What layers and losses ask about the sequence that their tokens stand in: here these tokens are all of it.
+"""What a model asks about the sequence that its tokens stand in: here these tokens are all of it.
 
 `longspan.distributed.shard` gives a model a sequence whose other tokens are on other ranks.
 

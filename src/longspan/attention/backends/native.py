@@ -4,13 +4,12 @@ Nothing is gathered, padded or repeated: the kernels read q, k and v where they 
 head (lanes.py). Memory grows with N only; the backward pass computes the probabilities again from the log of each
 row's softmax sum.
 
-Shapes: B batch, H heads, M queries, N keys, D head width, T tokens of all packed sequences.
+Shapes: B batch, H heads, M queries, N keys, D head width, T tokens of all packed sequences (packed_sequences.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +104,7 @@ def attend_native(
     if merged:
         out.zero_()
         lse.fill_(-math.inf)
-    _compute({"q": q, "k": k, "v": v, "out": out, "lse": lse}, seen, scale, _check_bias(bias, ahead, q))
+    compute({"q": q, "k": k, "v": v, "out": out, "lse": lse}, seen, scale, _check_bias(bias, ahead, q))
     return narrow(out, q.dtype), lse
 
 
@@ -149,7 +148,7 @@ def attend_native_backward(
     if grad_lse is not None:
         rows["grad_lse"] = grad_lse.to(lse.dtype).contiguous()
     rows |= {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
-    grad_bias = _compute(rows, seen, scale, _check_bias(bias, ahead, q))
+    grad_bias = compute(rows, seen, scale, _check_bias(bias, ahead, q))
     return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype), grad_bias
 
 
@@ -182,106 +181,7 @@ define("longspan::native_backward", attend_native_backward, _fake_backward)
 torch.library.register_autograd("longspan::native", _backward, setup_context=_setup_context)
 
 
-class Sequences:
-    """Sequences of T tokens in all that stand one after the other, so that no row is padding.
-
-    offsets: where each begins, and last T; one more number than sequences. A sequence may be empty.
-    marked: Bool[T], the global keys: seen by all tokens of their sequence. Made once for all layers of a model.
-    """
-
-    def __init__(self, offsets: Sequence[int], marked: Tensor | None = None):
-        self.offsets = tuple(int(offset) for offset in offsets)
-        if len(self.offsets) < 2 or self.offsets[0] != 0 or list(self.offsets) != sorted(self.offsets):
-            raise ValueError(f"offsets must begin with 0, never fall and end with the number of tokens; got {offsets}")
-        if marked is not None and (marked.dtype != torch.bool or marked.shape != (self.tokens,) or not marked.is_cpu):
-            raise ValueError(
-                f"marked must be Bool[{self.tokens}] on cpu; got {marked.dtype} {list(marked.shape)} on {marked.device}"
-            )
-        self.extra, self.masks = None, {}
-        if marked is not None and marked.any():
-            self.extra, self.masks = find_extra_keys(marked[None], self.offsets), {"key_mask": ~marked}
-
-    @property
-    def tokens(self) -> int:
-        return self.offsets[-1]
-
-
-def attend_packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sequences: Sequences,
-    pattern: Pattern = Full(),  # noqa: B008  # patterns are frozen
-    *,
-    scale: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Attention within each of the packed sequences, without gradients.
-
-    q, k, v: [T, H, D], such as the three parts of a fused projection [T, 3, H, D].
-    pattern: Full, SlidingWindow or, where no key is marked, DilatedSegments. Where it only looks back, marked keys too
-    are seen only by what follows them.
-    scale: factor on q @ k, D ** -0.5 by default. out: [T, H, D] of the same dtype to write to, instead of a new one.
-
-    Raises ValueError for inputs that do not fit together, NotImplementedError where the kernels cannot run them.
-    """
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype)
-    packed_attention(q, k, v, sequences, pattern, scale=scale, out=out)()
-    return out
-
-
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sequences: Sequences,
-    pattern: Pattern,
-    *,
-    scale: float | None = None,
-    out: Tensor,
-) -> Callable[[], None]:
-    """`attend_packed` from these tensors to `out`, described once and computed at every call."""
-    if q.ndim != 3 or not q.shape == k.shape == v.shape or len(q) != sequences.tokens:
-        raise ValueError(
-            f"q, k and v must be [T, H, D] with T = {sequences.tokens}, where the sequences end; "
-            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        )
-    _check_kernels(q, k, v)
-    _, heads, width = q.shape
-    pattern.check_fits(1, heads, sequences.tokens, q.device)
-    halves = split(pattern)
-    if isinstance(halves, str) or halves.near is None or halves.marked is not None:
-        raise NotImplementedError(
-            f"packed sequences take Full, SlidingWindow or DilatedSegments, with global keys as Sequences(marked=...); "
-            f"got {pattern!r}"
-        )
-    merged = merges(halves.near)
-    if merged and sequences.extra is not None:
-        raise NotImplementedError("the kernels compute dilated_segments alone, not beside marked keys")
-    if out.shape != q.shape or out.dtype != q.dtype or not out.is_cpu or out.stride(2) != 1:
-        raise ValueError(
-            f"out must be {q.dtype} {list(q.shape)} on cpu with adjacent numbers in each row; "
-            f"got {out.dtype} {list(out.shape)} on {out.device}, strides {list(out.stride())}"
-        )
-    factor = width**-0.5 if scale is None else scale
-    seen = _Seen(halves.near, sequences.extra, halves.looks_back_only, sequences.masks, sequences.offsets)
-    if not merged and all(tensor.stride(2) == 1 for tensor in (q, k, v)):
-        return _Prepared({"q": q, "k": k, "v": v, "out": out}, seen, factor)
-
-    def attend() -> None:
-        rows = {name: with_unit_stride(tensor) for name, tensor in zip("qkv", (q, k, v), strict=True)} | {"out": out}
-        if merged:  # several calls, or none, write a row
-            rows["out"] = torch.zeros(q.shape) if out.dtype != torch.float32 else out.zero_()
-            rows["lse"] = torch.full((sequences.tokens, heads), -math.inf)
-        _compute(rows, seen, factor)
-        if rows["out"] is not out:
-            out.copy_(rows["out"])
-
-    return attend
-
-
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What the rows see: the pattern, with its masks."""
 
     near: Pattern | None
@@ -295,7 +195,7 @@ class _Seen(NamedTuple):
 
 def _look(
     text: str, tensors: list[Tensor], q: Tensor, k: Tensor, token_mask: Tensor | None, query_positions: Tensor | None
-) -> _Seen:
+) -> Seen:
     pattern = pattern_from_parts(text, tensors)
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     pattern.check_fits(batch, heads, keys, q.device)
@@ -320,7 +220,7 @@ def _look(
             key_mask = torch.zeros(1, 1, dtype=torch.bool).expand(batch, keys)
     masks = {"query_mask": query_mask, "key_mask": key_mask, "positions": positions}
     given = {field: mask for field, mask in masks.items() if mask is not None}
-    return _Seen(halves.near, extra, halves.causal_marked, given)
+    return Seen(halves.near, extra, halves.causal_marked, given)
 
 
 def _check_positions(positions: Tensor, batch: int, queries: int, keys: int) -> Tensor:
@@ -346,10 +246,10 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
     ):
         shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         raise ValueError(f"q, k and v must share B, H and D, and k and v also N; got {shapes}")
-    _check_kernels(q, k, v)
+    check_kernels(q, k, v)
 
 
-def _check_kernels(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_kernels(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or q.dtype not in kernels.DTYPES:
         raise ValueError(f"the kernels take q, k and v in float32 or bfloat16; got {q.dtype}, {k.dtype}, {v.dtype}")
     _check_devices(q, k, v)
@@ -379,12 +279,12 @@ def _check_bias(bias: Tensor | None, ahead: int, q: Tensor) -> DistanceBias | No
     return DistanceBias(bias, ahead)
 
 
-def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float, bias: DistanceBias | None = None) -> Tensor:
+def compute(rows: dict[str, Tensor], seen: Seen, scale: float, bias: DistanceBias | None = None) -> Tensor:
     """Run the forward kernel, or the backward one where gradients are among the rows. Gives the gradient of the bias.
 
     rows: by field of longspan_lane, [B, H, N, D] with adjacent numbers or [B, H, N]; packed [T, H, D] or [T, H].
     """
-    calls, addresses = _plan(rows, seen, scale)
+    calls, addresses = plan(rows, seen, scale)
     library = kernels.library()
     assert library is not None
     backward = "grad_q" in rows
@@ -399,24 +299,8 @@ def _compute(rows: dict[str, Tensor], seen: _Seen, scale: float, bias: DistanceB
     return grad_bias
 
 
-class _Prepared:
-    """A forward pass without bias, whose tensors keep their places."""
-
-    def __init__(self, rows: dict[str, Tensor], seen: _Seen, scale: float):
-        self.kept = rows, seen  # the tables hold their addresses
-        calls, addresses = _plan(rows, seen, scale)
-        tables = [(call.settings, call.table(addresses, seen.extra)) for call in calls]
-        self.calls = [(settings, table, table.ctypes.data, len(table)) for settings, table in tables]
-
-    def __call__(self) -> None:
-        library = kernels.library()
-        assert library is not None
-        for settings, _, address, number in self.calls:
-            library.longspan_attention_forward(settings, address, number)
-
-
-def _plan(rows: dict[str, Tensor], seen: _Seen, scale: float) -> tuple[tuple[Call, ...], np.ndarray]:
-    """(the calls of the kernels, Int[fields]: where the tensors begin), for rows as `_compute` takes them."""
+def plan(rows: dict[str, Tensor], seen: Seen, scale: float) -> tuple[tuple[Call, ...], np.ndarray]:
+    """(the calls of the kernels, Int[fields]: where the tensors begin), for rows as `compute` takes them."""
     if not math.isfinite(scale):
         raise ValueError(f"scale, the factor on q @ k, must be finite; got {scale}")
     q, k = rows["q"], rows["k"]
@@ -433,7 +317,7 @@ def _plan(rows: dict[str, Tensor], seen: _Seen, scale: float) -> tuple[tuple[Cal
 
 
 def _bias_tables(
-    bias: DistanceBias, seen: _Seen, number: int, heads: int, gradient: bool
+    bias: DistanceBias, seen: Seen, number: int, heads: int, gradient: bool
 ) -> list[tuple[str, BiasTable]]:
     """Of the band and, where there are any, the extra keys."""
     values, ahead = bias
