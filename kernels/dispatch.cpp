@@ -23,6 +23,8 @@ LONGSPAN_DECLARE(avx2)
 LONGSPAN_DECLARE(avx512)
 LONGSPAN_DECLARE(avx512_bf16)
 LONGSPAN_DECLARE(amx)
+namespace avx512_bf16 { extern const LinearKernels linear; }
+namespace amx { extern const LinearKernels linear; }
 
 namespace {
 
@@ -30,6 +32,7 @@ struct InstructionSet {
   const char* name;
   const AttentionKernels* attention;
   const RowKernels* rows;
+  const LinearKernels* linear;  // null: it has none
   bool (*is_supported)();
 };
 
@@ -61,18 +64,18 @@ bool has_amx() {
 // From the best to the plainest.
 const InstructionSet SETS[] = {
 #if defined(LONGSPAN_HAS_AMX)
-    {"amx", &amx::attention, &amx::rows, has_amx},
+    {"amx", &amx::attention, &amx::rows, &amx::linear, has_amx},
 #endif
 #if defined(LONGSPAN_HAS_AVX512_BF16)
-    {"avx512_bf16", &avx512_bf16::attention, &avx512_bf16::rows, has_avx512_bf16},
+    {"avx512_bf16", &avx512_bf16::attention, &avx512_bf16::rows, &avx512_bf16::linear, has_avx512_bf16},
 #endif
 #if defined(LONGSPAN_HAS_AVX512)
-    {"avx512", &avx512::attention, &avx512::rows, has_avx512},
+    {"avx512", &avx512::attention, &avx512::rows, nullptr, has_avx512},
 #endif
 #if defined(LONGSPAN_HAS_AVX2)
-    {"avx2", &avx2::attention, &avx2::rows, has_avx2},
+    {"avx2", &avx2::attention, &avx2::rows, nullptr, has_avx2},
 #endif
-    {"baseline", &baseline::attention, &baseline::rows, always},
+    {"baseline", &baseline::attention, &baseline::rows, nullptr, always},
 };
 
 const InstructionSet* best_set() {
@@ -185,6 +188,7 @@ void* thread_workspace(int64_t bytes, Purpose purpose) {
 }
 
 const RowKernels& row_kernels() { return *current().rows; }
+const LinearKernels* linear_kernels() { return current().linear; }
 
 }  // namespace longspan
 

@@ -23,7 +23,7 @@ struct RowKernels {
                 const longspan_result& to);
 };
 
-// The arguments are those of longspan_linear.h, already checked. Only the set `amx` has them.
+// The arguments are those of longspan_linear.h, already checked. Only the sets `amx` and `avx512_bf16` have them.
 struct LinearKernels {
   int64_t (*packed_bytes)(int64_t in_features, int64_t out_features, int32_t terms);
   void (*pack)(int32_t dtype, const void* weight, int64_t stride, int64_t in_features, int64_t out_features,
@@ -34,6 +34,7 @@ struct LinearKernels {
 
 // Of the chosen instruction set.
 const RowKernels& row_kernels();
+const LinearKernels* linear_kernels();  // null where it has none
 
 // At least `bytes` of memory that belong to the calling thread until its next call for the same purpose; null where
 // there is none. Kept between calls: fresh memory costs more than small attentions do.

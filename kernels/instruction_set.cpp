@@ -1,7 +1,8 @@
 // All kernels for one instruction set. Compiled once per set, with -DLONGSPAN_SET=<name> and the compiler flags of the set.
 #include "attention_backward.h"
 #include "attention_forward.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#define LONGSPAN_HAS_LINEAR 1
 #include "layer.h"
 #endif
 #include "rows.h"
@@ -20,7 +21,7 @@ static int backward(const longspan_attention& call, const longspan_lane* lanes, 
 
 extern const AttentionKernels attention = {forward, backward};
 extern const RowKernels rows = {copy_rows, activate_rows, normalize_rows, rotate_rows};
-#if defined(__AMX_BF16__)
+#if LONGSPAN_HAS_LINEAR
 extern const LinearKernels linear = {linear_packed_bytes, linear_pack, linear_forward, layer_forward};
 #endif
 

@@ -8,8 +8,6 @@
 
 namespace longspan::LONGSPAN_SET {
 
-constexpr int64_t BLOCK_ROWS = 1024;  // share what is read of the weights
-
 ALWAYS_INLINE int64_t bytes_of(int32_t dtype) { return dtype == LONGSPAN_F32 ? 4 : 2; }
 
 ALWAYS_INLINE longspan_matrix rows_from(const longspan_matrix& matrix, int64_t first) {
@@ -126,7 +124,7 @@ class LayerBlock {
 static int layer_forward(const longspan_layer& layer, const longspan_layer_rows& call) {
   if (call.rows == 0) return LONGSPAN_OK;
   const int64_t most_threads = threads_to_take();
-  const int64_t wanted = most_threads * divide_up(call.rows, most_threads * BLOCK_ROWS);
+  const int64_t wanted = most_threads * divide_up(call.rows, most_threads * LAYER_ROWS);
   const int64_t rows = round_up(divide_up(call.rows, wanted), SQUARE), blocks = divide_up(call.rows, rows);
   const int64_t bytes = LayerBlock::memory(layer, rows);
   const int threads = static_cast<int>(smaller(most_threads, blocks));

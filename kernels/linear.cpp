@@ -1,22 +1,9 @@
 // The C interface of the linear layers: checks what it is given, and hands it to the instruction set that has them.
-#include <string.h>
-
 #include "dispatch.h"
 
 namespace longspan {
 
-namespace amx {
-extern const LinearKernels linear;
-}
-
 namespace {
-
-const LinearKernels* kernels() {
-#if defined(LONGSPAN_HAS_AMX)
-  if (strcmp(longspan_instruction_set(), "amx") == 0) return &amx::linear;
-#endif
-  return nullptr;
-}
 
 constexpr int64_t MOST = int64_t{1} << 40;  // numbers in a matrix: keeps their bytes in range
 constexpr uintptr_t ALIGNMENT = 64;
@@ -88,34 +75,34 @@ using namespace longspan;
 
 extern "C" {
 
-int longspan_linear_is_available(void) { return kernels() != nullptr; }
+int longspan_linear_is_available(void) { return linear_kernels() != nullptr; }
 
 int64_t longspan_linear_packed_bytes(int64_t in_features, int64_t out_features, int32_t terms) {
-  if (!kernels() || !is_weight(in_features, out_features) ||
+  if (!linear_kernels() || !is_weight(in_features, out_features) ||
       (terms != LONGSPAN_BYTES && !are_terms(LONGSPAN_F32, terms))) {
     return -1;
   }
-  return kernels()->packed_bytes(in_features, out_features, terms);
+  return linear_kernels()->packed_bytes(in_features, out_features, terms);
 }
 
 int longspan_linear_pack(int32_t dtype, const void* weight, int64_t stride, int64_t in_features, int64_t out_features,
                          int32_t terms, void* packed) {
-  if (!kernels() || !weight || !is_weight(in_features, out_features) || !are_terms(dtype, terms) ||
+  if (!linear_kernels() || !weight || !is_weight(in_features, out_features) || !are_terms(dtype, terms) ||
       !is_packed(packed)) {
     return LONGSPAN_BAD_ARGUMENT;
   }
-  longspan_prefer_huge_pages(packed, kernels()->packed_bytes(in_features, out_features, terms));
-  kernels()->pack(dtype, weight, stride, in_features, out_features, terms, packed);
+  longspan_prefer_huge_pages(packed, linear_kernels()->packed_bytes(in_features, out_features, terms));
+  linear_kernels()->pack(dtype, weight, stride, in_features, out_features, terms, packed);
   return LONGSPAN_OK;
 }
 
 int longspan_linear_forward(const longspan_linear* call) {
-  if (!kernels() || !is_call(call)) return LONGSPAN_BAD_ARGUMENT;
-  return call->rows == 0 ? LONGSPAN_OK : kernels()->forward(*call);
+  if (!linear_kernels() || !is_call(call)) return LONGSPAN_BAD_ARGUMENT;
+  return call->rows == 0 ? LONGSPAN_OK : linear_kernels()->forward(*call);
 }
 
 int longspan_layer_forward(const longspan_layer* layer, const longspan_layer_rows* call) {
-  if (!kernels() || !is_layer(layer) || !are_layer_rows(*layer, call)) return LONGSPAN_BAD_ARGUMENT;
-  return kernels()->layer_forward(*layer, *call);
+  if (!linear_kernels() || !is_layer(layer) || !are_layer_rows(*layer, call)) return LONGSPAN_BAD_ARGUMENT;
+  return linear_kernels()->layer_forward(*layer, *call);
 }
 }

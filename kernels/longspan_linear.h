@@ -1,7 +1,8 @@
-// The C interface of longspan's linear layers on AMX tiles: out = activation(in . weight^T + bias) + residual.
+// The C interface of longspan's linear layers: out = activation(in . weight^T + bias) + residual.
 //
-// The tiles multiply bf16 numbers and add up in fp32. For fp32 layers, numbers are taken apart into terms, bf16 numbers
-// that add up to them (Henry, Tang, Heinecke 2019, arXiv 1904.06376). The error is that of the whole result, relative:
+// AMX tiles multiply bf16 numbers and add up in fp32. For fp32 layers, numbers are taken apart there into terms, bf16
+// numbers that add up to them (Henry, Tang, Heinecke 2019, arXiv 1904.06376). Vectors multiply fp32 numbers as they are,
+// unless one term is asked for. The error is that of the whole result, relative:
 //   terms 3: all 24 bits, 6 products a number: as exact as an fp32 product, 3e-7
 //   terms 2: 16 bits, 3 products: 5e-6
 //   terms 1: 8 bits, 1 product: bf16, 2e-3
@@ -39,7 +40,7 @@ typedef struct longspan_linear {
 LONGSPAN_API int longspan_linear_is_available(void);
 // Of what longspan_linear_pack writes. -1: not a size that it takes.
 LONGSPAN_API int64_t longspan_linear_packed_bytes(int64_t in_features, int64_t out_features, int32_t terms);
-// weight [out_features][in_features] in tiles. `packed` begins at a multiple of 64 bytes.
+// weight [out_features][in_features], laid out for the instruction set in use. `packed` begins at a multiple of 64 bytes.
 LONGSPAN_API int longspan_linear_pack(int32_t dtype, const void *weight, int64_t stride, int64_t in_features,
                                       int64_t out_features, int32_t terms, void *packed);
 LONGSPAN_API int longspan_linear_forward(const longspan_linear *call);

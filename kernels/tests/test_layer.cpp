@@ -217,7 +217,7 @@ void test_calls_that_do_not_fit_are_refused() {
 
 int main() {
   if (!longspan_linear_is_available()) {
-    printf("this CPU has no tiles\n");
+    printf("this CPU has no linear layers\n");
     return 0;
   }
   test_one_call_is_all_its_steps();

@@ -1,4 +1,4 @@
-// The linear layers in tiles against the definition in double, where this CPU has them. Exits with 1 on a failure.
+// The linear layers against the definition in double, where this CPU has them. Exits with 1 on a failure.
 #include <omp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -298,7 +298,7 @@ void test_bad_arguments_are_refused() {
 void test_other_instruction_sets_decline() {
   CHECK(longspan_use_instruction_set("baseline") == LONGSPAN_OK, "no baseline");
   longspan_linear call = {};
-  CHECK(!longspan_linear_is_available() && longspan_linear_packed_bytes(1, 1, 1) == -1, "the baseline has tiles");
+  CHECK(!longspan_linear_is_available() && longspan_linear_packed_bytes(1, 1, 1) == -1, "the baseline has linear layers");
   CHECK(longspan_linear_pack(LONGSPAN_F32, &call, 1, 1, 1, 1, &call) == LONGSPAN_BAD_ARGUMENT, "the baseline packs");
   CHECK(longspan_linear_forward(&call) == LONGSPAN_BAD_ARGUMENT, "the baseline multiplies");
 }
@@ -316,7 +316,7 @@ int main() {
     test_rows_that_are_not_finite_leave_others_alone();
     test_bad_arguments_are_refused();
   } else {
-    printf("%s has no tiles: only the refusals are tested\n", longspan_instruction_set());
+    printf("%s has no linear layers: only the refusals are tested\n", longspan_instruction_set());
   }
   test_other_instruction_sets_decline();
   printf("%d failures\n", failures);

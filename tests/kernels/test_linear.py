@@ -1,4 +1,4 @@
-"""Linear layers in tiles against float64, and what they refuse."""
+"""Linear layers against float64, and what they refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longspan import kernels
 from longspan.kernels.linear import PackedWeight, available, linear, pack_linear
 from longspan.kernels.rows import ACTIVATIONS, ZERO_POINT, Bytes
 
-needs_tiles = pytest.mark.skipif(not available(), reason="this CPU or its library has no linear layers in tiles")
+needs_linear = pytest.mark.skipif(not available(), reason="this CPU or its library has no linear layers")
 FUNCTIONS = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -41,7 +41,7 @@ def layer(rows: int, in_features: int, out_features: int) -> tuple[Tensor, Tenso
     return torch.randn(rows, in_features), weight, torch.randn(out_features)
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize(
     ("rows", "in_features", "out_features"), [(1, 1, 1), (5, 33, 70), (64, 384, 96), (9, 2100, 40)]
 )
@@ -52,15 +52,16 @@ def test_three_terms_are_at_least_as_exact_as_torch(rows: int, in_features: int,
     assert own <= 1.5 * error(F.linear(x, weight, bias), exact) + 1e-7
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize(("terms", "most"), [(1, 4e-3), (2, 7e-6), (3, 4e-7)])
-def test_each_term_adds_eight_bits(terms: int, most: float):
+def test_each_term_adds_eight_bits_or_more(terms: int, most: float):
     x, weight, _ = layer(50, 384, 70)
     own = error(linear(x, pack_linear(weight, terms=terms)), F.linear(x.double(), weight.double()))
-    assert most / 10 < own < most
+    assert own < most
+    assert terms == 2 or own > most / 10  # two are as good as three where fp32 numbers are multiplied as they are
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_comes_before_the_residual(name: str):
     x, weight, bias = layer(20, 64, 45)
@@ -70,7 +71,7 @@ def test_activation_comes_before_the_residual(name: str):
     assert error(result, exact) < 4e-7
 
 
-@needs_tiles
+@needs_linear
 def test_bfloat16_layers_round_once():
     x, weight, bias = layer(40, 200, 50)
     x, weight = x.bfloat16(), weight.bfloat16()
@@ -80,7 +81,7 @@ def test_bfloat16_layers_round_once():
     assert error(linear(x, packed, bias, dtype=torch.float32), exact) < 4e-7
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize("in_features", [1, 100, 2200])
 def test_int8_layers_are_exact_but_for_the_last_sum(in_features: int):
     values = torch.randint(0, 256, (37, in_features), dtype=torch.uint8)
@@ -91,7 +92,7 @@ def test_int8_layers_are_exact_but_for_the_last_sum(in_features: int):
     assert error(result, F.relu(F.linear(wide, weight * scale.double()[:, None], bias.double()))) < 2e-7
 
 
-@needs_tiles
+@needs_linear
 def test_rows_may_lie_apart_and_the_result_where_the_residual_is():
     x, weight, _ = layer(30, 64, 48)
     wide = torch.full((30, 100), torch.nan)
@@ -105,14 +106,14 @@ def test_rows_may_lie_apart_and_the_result_where_the_residual_is():
     assert out[:, 53:].isnan().all()
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize("shape", [(0, 8, 4), (1, 8, 4), (3, 1, 1)])
 def test_smallest_shapes(shape: tuple[int, int, int]):
     x, weight, bias = layer(*shape)
     torch.testing.assert_close(linear(x, pack_linear(weight), bias), F.linear(x, weight, bias))
 
 
-@needs_tiles
+@needs_linear
 def test_results_do_not_depend_on_threads():
     x, weight, bias = layer(200, 100, 600)
     packed, threads = pack_linear(weight), torch.get_num_threads()
@@ -147,7 +148,7 @@ BAD_OPERANDS = {
 }
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize("message", BAD_OPERANDS)
 def test_operands_that_do_not_fit_are_refused(message: str):
     operands = {"x": X, "packed": pack_linear(WEIGHT), **BAD_OPERANDS[message]}
@@ -155,7 +156,7 @@ def test_operands_that_do_not_fit_are_refused(message: str):
         linear(**operands)
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize(
     ("x", "message"),
     [
@@ -170,13 +171,13 @@ def test_rows_that_do_not_fit_int8_weights_are_refused(x: Tensor | Bytes, messag
         linear(x, packed)
 
 
-@needs_tiles
+@needs_linear
 def test_what_asks_for_gradients_is_refused():
     with torch.inference_mode(False), torch.enable_grad(), pytest.raises(ValueError, match="gives no gradients"):
         linear(torch.ones(3, 8, requires_grad=True), pack_linear(torch.ones(4, 8)))
 
 
-@needs_tiles
+@needs_linear
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
@@ -194,8 +195,8 @@ def test_weights_that_no_layer_has_are_refused(weight: Tensor, options: dict[str
         pack_linear(weight, **options)
 
 
-@needs_tiles
-@pytest.mark.parametrize("change", [{"out_features": 40}, {"terms": 2}, {"terms": 9}, {"data": X}, {"scale": X}])
+@needs_linear
+@pytest.mark.parametrize("change", [{"out_features": 40}, {"terms": 9}, {"data": X}, {"scale": X}])
 def test_packed_weights_that_are_not_are_refused(change: dict[str, Any]):
     packed: PackedWeight = pack_linear(WEIGHT)._replace(**change)
     with pytest.raises(ValueError, match="take what pack_linear gives"):
@@ -211,7 +212,9 @@ def test_other_instruction_sets_say_what_to_do():
     try:
         assert not available()
         for call in (lambda: pack_linear(WEIGHT), lambda: linear(X, PackedWeight(X, 8, 4, 3))):
-            with pytest.raises(NotImplementedError, match="need the instruction set amx, but the kernels use baseline"):
+            with pytest.raises(
+                NotImplementedError, match="need the instruction set amx or avx512_bf16, but the kernels use baseline"
+            ):
                 call()
     finally:
         library.longspan_use_instruction_set(best)

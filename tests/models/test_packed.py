@@ -269,7 +269,7 @@ def test_any_number_of_rows_is_cut_into_chunks(tokens):
         assert relative_error(pack(encoder, "fp32")(x), encoder(x), ...) < 2e-6
 
 
-@pytest.mark.skipif(not linear.tiles.available(), reason="this CPU or its library has no linear layers in tiles")
+@pytest.mark.skipif(not linear.kernel.available(), reason="this CPU or its library has no linear layers")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("config", [POST, PRE], ids=["post", "pre"])
 @torch.no_grad()
@@ -286,7 +286,7 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_steps(config, precision):
         assert torch.equal(one, other)
 
 
-@pytest.mark.skipif(not linear.tiles.available(), reason="this CPU or its library has no linear layers in tiles")
+@pytest.mark.skipif(not linear.kernel.available(), reason="this CPU or its library has no linear layers")
 @pytest.mark.skipif(not THREADS.is_dir(), reason="only Linux lists the threads of a process")
 def test_few_rows_start_no_threads_of_their_own():
     blocks = 2 * (BlockConfig(heads=4, head_width=32, ffn_width=1024),)

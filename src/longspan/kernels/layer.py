@@ -1,4 +1,4 @@
-"""What follows attention in a layer of an encoder, in one call of the kernels, where the processor has a tile unit.
+"""What follows attention in a layer of an encoder, in one call of the kernels, where they have linear layers.
 
 Shapes: T rows, C model width, H heads, D head width, F feed-forward width.
 """

@@ -1,8 +1,9 @@
-"""Linear layers on the tile unit (AMX) of Intel's server CPUs: float32, bfloat16 and int8, with all that follows.
+"""Linear layers in float32, bfloat16 and int8, with all that follows: on AVX-512 with products of bf16 and of bytes,
+and on the tile unit (AMX) of Intel's server CPUs.
 
-The unit multiplies bf16 numbers and adds up in float32, so float32 numbers are taken apart into bf16 terms that add up
-to them, and the products of all terms that matter are summed (Henry, Tang, Heinecke 2019, arXiv 1904.06376). It also
-multiplies bytes. Inference only.
+The unit multiplies bf16 numbers and adds up in float32, so there float32 numbers are taken apart into bf16 terms that
+add up to them, and the products of all terms that matter are summed (Henry, Tang, Heinecke 2019, arXiv 1904.06376).
+Inference only.
 
 Shapes: T rows, K numbers in each, N numbers in each row of the result.
 """
@@ -26,8 +27,8 @@ ALIGNMENT = 64
 
 
 class PackedWeight(NamedTuple):
-    """A weight [N, K] in tiles. data: uint8, begins at a multiple of 64 bytes. terms: bf16 numbers for each number; 0
-    where it is int8 and counts scale[:, None], float32 [N]."""
+    """A weight [N, K] as the kernels read it. data: uint8, begins at a multiple of 64 bytes. terms: bf16 numbers for
+    each number; 0 where it is int8 and counts scale[:, None], float32 [N]."""
 
     data: Tensor
     in_features: int
@@ -187,11 +188,11 @@ def _library() -> ctypes.CDLL | None:
 def _available_library() -> ctypes.CDLL:
     library = _library()
     if library is None:
-        raise NotImplementedError(f"linear layers in tiles need the compiled kernels, but {kernels.problem()}")
+        raise NotImplementedError(f"linear layers need the compiled kernels, but {kernels.problem()}")
     if not library.longspan_linear_is_available():
         have = library.longspan_instruction_set().decode()
         raise NotImplementedError(
-            f"linear layers in tiles need the instruction set amx, but the kernels use {have}; "
+            f"linear layers need the instruction set amx or avx512_bf16, but the kernels use {have}; "
             "ask longspan.kernels.linear.available() first, and use torch.nn.functional.linear otherwise"
         )
     return library

@@ -1,7 +1,7 @@
 """Linear layers for inference: a weight laid out once for the processor, in fp32, bf16 or int8.
 
-Who multiplies: our own kernels where the processor has a tile unit, else oneDNN, else torch's plain operators. int8 is
-symmetric, with one scale for each row of the weight and of the input.
+Who multiplies: our own kernels where the processor has the instructions, else oneDNN, else torch's plain operators.
+int8 is symmetric, with one scale for each row of the weight and of the input.
 
 Shapes: T rows, K inputs, N outputs.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.kernels import linear as tiles
+from longspan.kernels import linear as kernel
 from longspan.kernels.rows import ACTIVATIONS, ZERO_POINT, Bytes, Product
 
 # What oneDNN computes as part of a product of floating-point numbers: our name -> its name and algorithm.
@@ -68,37 +68,37 @@ class Linear(Protocol):
 def make_linear(weight: Weight, bias: Tensor | None, precision: str, activation: str | None = None) -> Linear:
     """The best linear layer that this processor and this build of torch have for a precision."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
-    if tiles.available():
-        return TileLinear(weight, bias, dtype, activation)
+    if kernel.available():
+        return KernelLinear(weight, bias, dtype, activation)
     if dtype == torch.int8:
         return Int8Linear(weight, bias)
     return OneDnnLinear(weight, bias, dtype, activation) if _one_dnn_has(dtype) else PlainLinear(weight, bias, dtype)
 
 
-class TileLinear:
-    """fp32, bf16 or int8 by our own kernels on Intel's tile unit. What it gives is finished.
+class KernelLinear:
+    """fp32, bf16 or int8 by our own kernels. What it gives is finished.
 
-    The unit multiplies bf16: fp32 numbers are sums of three of those or, where torch.set_float32_matmul_precision says
-    "high" or "medium", of two, in half the time with errors near 5e-6.
+    Intel's tile unit multiplies bf16: there fp32 numbers are sums of three of those or, where
+    torch.set_float32_matmul_precision says "high" or "medium", of two, in half the time with errors near 5e-6.
     """
 
     def __init__(self, weight: Weight, bias: Tensor | None, dtype: torch.dtype, activation: str | None = None):
         if dtype == torch.int8:
             values, scale = weight.narrowed()
-            self.packed = tiles.pack_linear(values, scale=None if scale is None else scale.clone())
+            self.packed = kernel.pack_linear(values, scale=None if scale is None else scale.clone())
         else:
             exact = 3 if torch.get_float32_matmul_precision() == "highest" else 2
-            self.packed = tiles.pack_linear(weight.widened(dtype), terms=exact if dtype == torch.float32 else 1)
+            self.packed = kernel.pack_linear(weight.widened(dtype), terms=exact if dtype == torch.float32 else 1)
         self.bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.activates = activation in ACTIVATIONS
         self.activation = activation if self.activates else None
 
     def __call__(self, x: Tensor | Bytes, out: Tensor | None = None) -> Product:
         if out is None:
-            return Product(tiles.linear(x, self.packed, self.bias, activation=self.activation))
-        return Product(tiles.linear_unchecked(x, self.packed, self.bias, self.activation, out))
+            return Product(kernel.linear(x, self.packed, self.bias, activation=self.activation))
+        return Product(kernel.linear_unchecked(x, self.packed, self.bias, self.activation, out))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TileLinear:
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelLinear:
         return self
 
 

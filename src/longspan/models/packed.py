@@ -23,7 +23,7 @@ from longspan.kernels.rows import ACTIVATIONS, Norm, Product, Turn
 from longspan.models.checkpoints import mismatch
 from longspan.models.encoder import BlockConfig, Encoder, EncoderConfig, Rotary, activation
 from longspan.models.global_rows import GlobalProjections
-from longspan.models.linear import Linear, TileLinear, Weight, make_linear
+from longspan.models.linear import KernelLinear, Linear, Weight, make_linear
 from longspan.models.ragged import Ragged, depends_on_distance_only
 from longspan.models.workspace import Workspace
 
@@ -201,7 +201,7 @@ class PackedBlock(nn.Module):
             first_norm, next_norm = self.ffn_norm, final_norm if following is None else following.attention_norm
         linears = [self.out, self.ffn_in, self.ffn_out, *([] if following is None else [following.qkv])]
         if (
-            all(isinstance(linear, TileLinear) for linear in linears)
+            all(isinstance(linear, KernelLinear) for linear in linears)
             and self.config.activation in ACTIVATIONS
             and first_norm is not None
             and next_norm is not None

@@ -1,6 +1,6 @@
 // Matrices in AMX tiles: numbers taken apart into bf16 terms, or bytes, and the products of their tiles.
 #pragma once
-#include "simd.h"
+#include "linear_finish.h"
 #include "tiles_amx.h"
 
 namespace longspan::LONGSPAN_SET {
@@ -8,17 +8,15 @@ namespace longspan::LONGSPAN_SET {
 constexpr int64_t TILE_ROWS = 16;
 constexpr int64_t TILE_ROW_BYTES = 64;
 constexpr int64_t TILE_BYTES = TILE_ROWS * TILE_ROW_BYTES;
-constexpr int64_t SQUARE = 32;  // rows and columns of the sums that four tile registers hold
 
 ALWAYS_INLINE void clear_row(uint8_t* to) { _mm512_store_si512(to, _mm512_setzero_si512()); }
-
-ALWAYS_INLINE uint64_t first_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 // How numbers stand in tiles. Of 32 rows, a slice holds STEP numbers: for every term, the tile of the first 16 rows and
 // that of the others. pack_row writes the terms of the first `count` numbers of a row, at most STEP, and zeros for others.
 template <int NUM_TERMS>
 struct Terms {
   static constexpr int TERMS = NUM_TERMS;
+  static constexpr bool IS_INT8 = false, HAS_OFFSETS = false;
   static constexpr int64_t STEP = 32;
   static constexpr int64_t SLICE_BYTES = TERMS * 2 * TILE_BYTES;
 
@@ -33,7 +31,7 @@ struct Terms {
     _mm512_store_si512(to, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first_bits(count)), from));
   }
 
-  ALWAYS_INLINE Vector sums(const float* from) { return load(from); }
+  ALWAYS_INLINE Vector sums(const float* from, const int32_t*) { return load(from); }
 
  private:
   // Each term is what the ones before leave, rounded to bf16.
@@ -51,6 +49,7 @@ struct Terms {
 // Signed bytes. Those of x come as byte + 128.
 struct Int8 {
   static constexpr int TERMS = 1;
+  static constexpr bool IS_INT8 = true, HAS_OFFSETS = false;
   static constexpr int64_t STEP = 64;
   static constexpr int64_t SLICE_BYTES = 2 * TILE_BYTES;
 
@@ -64,7 +63,9 @@ struct Int8 {
     _mm512_store_si512(to, _mm512_maskz_loadu_epi8(first_bits(count), from));
   }
 
-  ALWAYS_INLINE Vector sums(const float* from) { return __builtin_convertvector(load_as<Integers>(from), Vector); }
+  ALWAYS_INLINE Vector sums(const float* from, const int32_t*) {
+    return __builtin_convertvector(load_as<Integers>(from), Vector);
+  }
 };
 
 // Tile registers 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 rows of the weight.
@@ -126,7 +127,7 @@ struct Products {
   }
 
   ALWAYS_INLINE void add_term() {
-    if constexpr (Format::STEP == Int8::STEP) {
+    if constexpr (Format::IS_INT8) {
       _tile_dpbssd(0, 4, 6);
       _tile_dpbssd(1, 4, 7);
       if constexpr (ROW_TILES == 2) {
