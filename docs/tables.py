@@ -52,12 +52,16 @@ def with_tables(text: str, page: Path = PAGES[0]) -> str:
 
 
 def render(topic: str, page: Path) -> str:
-    """The newest result of a topic as Markdown, with the command and the machine it was measured on."""
+    """The newest result of a topic on each machine as Markdown, with the command and the machine."""
     if topic == "goals":
         return render_goals()
-    path = newest(topic)
-    if path is None:
+    paths = newest(topic)
+    if not paths:
         return f"Not measured yet: `longspan {topic.replace('-', ' ', 1)}`.\n"
+    return "\n".join(render_file(topic, path, page) for path in paths)
+
+
+def render_file(topic: str, path: Path, page: Path) -> str:
     measured = json.loads(path.read_text())
     link = f"[file]({os.path.relpath(path, page.parent)})"
     if topic.startswith("bench-"):
@@ -133,9 +137,10 @@ def _bits(bits: float | None) -> str:
     return "-" if bits is None else f"{bits:.3f}"
 
 
-def newest(topic: str) -> Path | None:
-    """File names begin with the date."""
-    return max((ROOT / "results").glob(f"*_{topic}.json"), default=None)
+def newest(topic: str) -> list[Path]:
+    """One file for each machine. File names are date_machine_topic."""
+    by_machine = {path.name.split("_")[1]: path for path in sorted((ROOT / "results").glob(f"*_{topic}.json"))}
+    return [by_machine[machine] for machine in sorted(by_machine)]
 
 
 def render_benchmark(measured: dict[str, Any], link: str) -> str:
@@ -230,17 +235,21 @@ def _error_cell(rows: list[Row]) -> str:
 
 
 def render_goals() -> str:
-    """What all the newest benchmarks should reach, beside what they do."""
-    rows = []
-    for path in filter(None, (newest(topic) for topic in _benchmarks())):
+    """What all the newest benchmarks should reach, beside what they do on each machine."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for path in (path for topic in _benchmarks() for path in newest(topic)):
         measured = json.loads(path.read_text())
+        machine = f"{measured['machine']['cpu']}, {measured['machine']['instruction_set']}"
         for goal in measured["goals"]:
             sign, unit = "≤" if goal["at_most"] else "≥", goal["unit"]
-            reach, found = f"{sign} {goal['reach']:g}{unit}", f"{goal['measured']:.3g}{unit}"
-            rows.append([measured["topic"], goal["what"], reach, found, "yes" if goal["met"] else "no"])
-    if not rows:
+            line = measured["topic"], goal["what"], f"{sign} {goal['reach']:g}{unit}"
+            reached = "reached" if goal["met"] else "not reached"
+            found.setdefault(line, {})[machine] = f"{goal['measured']:.3g}{unit}, {reached}"
+    if not found:
         return "Not measured yet.\n"
-    return _table(["benchmark", "goal", "reach", "measured", "reached"], rows)
+    machines = sorted({machine for cells in found.values() for machine in cells})
+    rows = [[*line, *(cells.get(machine, "") for machine in machines)] for line, cells in found.items()]
+    return _table(["benchmark", "goal", "reach", *machines], rows)
 
 
 def _benchmarks() -> list[str]:

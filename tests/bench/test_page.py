@@ -111,9 +111,21 @@ def test_goals_come_from_the_newest_file_of_each_benchmark(tables, tmp_path):
         goals=[goal, goal | {"what": "error", "at_most": True, "unit": "", "reach": 0.02, "measured": 0.011}],
     )
     shown = tables["render"]("goals", tmp_path / "page.md")
-    assert "| bench-dense | int8 | ≥ 11x | 12.3x | yes |" in shown
-    assert "| bench-dense | error | ≤ 0.02 | 0.011 | yes |" in shown
+    assert "| benchmark | goal | reach | A CPU, amx |" in shown
+    assert "| bench-dense | int8 | ≥ 11x | 12.3x, reached |" in shown
+    assert "| bench-dense | error | ≤ 0.02 | 0.011, reached |" in shown
     assert "9" not in shown.replace("bench", "")
+
+
+def test_machines_stand_beside_each_other(tables, tmp_path):
+    goal = {"what": "int8", "reach": 11, "at_most": False, "measured": 12.34, "unit": "x", "met": True}
+    save(tmp_path, "2026-01-02_one_bench-dense", row("ours"), goals=[goal])
+    save(tmp_path, "2026-01-01_other_bench-dense", row("theirs"), goals=[goal | {"measured": 9.0, "met": False}])
+    path = tmp_path / "results" / "2026-01-01_other_bench-dense.json"
+    path.write_text(path.read_text().replace("A CPU", "B CPU"))
+    goals, table = (tables["render"](topic, tmp_path / "page.md") for topic in ("goals", "bench-dense"))
+    assert "| int8 | ≥ 11x | 12.3x, reached | 9x, not reached |" in goals
+    assert table.index("| ours |") < table.index("A CPU") < table.index("| theirs |") < table.index("B CPU")
 
 
 def test_what_was_not_measured_says_how(tables, tmp_path):
