@@ -21,8 +21,10 @@ namespace longspan {
 LONGSPAN_DECLARE(baseline)
 LONGSPAN_DECLARE(avx2)
 LONGSPAN_DECLARE(avx512)
+LONGSPAN_DECLARE(avx512_vnni)
 LONGSPAN_DECLARE(avx512_bf16)
 LONGSPAN_DECLARE(amx)
+namespace avx512_vnni { extern const LinearKernels linear; }
 namespace avx512_bf16 { extern const LinearKernels linear; }
 namespace amx { extern const LinearKernels linear; }
 
@@ -46,9 +48,9 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-}
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 // Linux gives the tile registers only to processes that ask for them.
 bool has_amx() {
@@ -68,6 +70,9 @@ const InstructionSet SETS[] = {
 #endif
 #if defined(LONGSPAN_HAS_AVX512_BF16)
     {"avx512_bf16", &avx512_bf16::attention, &avx512_bf16::rows, &avx512_bf16::linear, has_avx512_bf16},
+#endif
+#if defined(LONGSPAN_HAS_AVX512_VNNI)
+    {"avx512_vnni", &avx512_vnni::attention, &avx512_vnni::rows, &avx512_vnni::linear, has_avx512_vnni},
 #endif
 #if defined(LONGSPAN_HAS_AVX512)
     {"avx512", &avx512::attention, &avx512::rows, nullptr, has_avx512},

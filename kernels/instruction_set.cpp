@@ -1,7 +1,7 @@
 // All kernels for one instruction set. Compiled once per set, with -DLONGSPAN_SET=<name> and the compiler flags of the set.
 #include "attention_backward.h"
 #include "attention_forward.h"
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
 #define LONGSPAN_HAS_LINEAR 1
 #include "layer.h"
 #endif

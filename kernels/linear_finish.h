@@ -105,12 +105,21 @@ struct Finisher {
     values[1] += (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
   }
 
+  ALWAYS_INLINE __m512i narrowed(const Vector (&values)[2]) {
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]);
+#else
+    const __m256i first = (__m256i)narrow(values[0]), second = (__m256i)narrow(values[1]);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+#endif
+  }
+
   ALWAYS_INLINE void stream(float* to, const Vector (&values)[2]) {
     _mm512_stream_ps(to, values[0]);
     _mm512_stream_ps(to + LANES, values[1]);
   }
   ALWAYS_INLINE void stream(bfloat16* to, const Vector (&values)[2]) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrowed(values));
   }
 
   ALWAYS_INLINE void store_first(float* to, uint32_t mask, const Vector (&values)[2]) {
@@ -118,7 +127,7 @@ struct Finisher {
     _mm512_mask_storeu_ps(to + LANES, static_cast<__mmask16>(mask >> 16), values[1]);
   }
   ALWAYS_INLINE void store_first(bfloat16* to, uint32_t mask, const Vector (&values)[2]) {
-    _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
+    _mm512_mask_storeu_epi16(to, mask, narrowed(values));
   }
 };
 

@@ -26,9 +26,14 @@ struct FloatingPoint {
   ALWAYS_INLINE Vector sums(const float* from, const int32_t*) { return load(from); }
 };
 
-// fp32 numbers are multiplied as they are where two or three terms are asked for.
+// fp32 numbers are multiplied as they are where two or three terms are asked for, or where there are no products of bf16.
+#if defined(__AVX512BF16__)
 template <int NUM_TERMS>
 using Terms = FloatingPoint<std::conditional_t<NUM_TERMS == 1, Bfloat16Tiles, Float32Tiles>>;
+#else
+template <int>
+using Terms = FloatingPoint<Float32Tiles>;
+#endif
 
 // Four numbers of 8 bits fill a word: unsigned ones of x by signed ones of the weight. Those of x come as byte + 128,
 // which adds 128 times the sum of the weight's row to every sum: the offsets take it away.

@@ -64,7 +64,7 @@ typedef struct longspan_lane {
 LONGSPAN_API int longspan_attention_forward(const longspan_attention *call, const longspan_lane *lanes, int64_t num_lanes);
 LONGSPAN_API int longspan_attention_backward(const longspan_attention *call, const longspan_lane *lanes, int64_t num_lanes);
 
-// "baseline", "avx2", "avx512", "avx512_bf16" or "amx": what this process uses. Chosen once, the best that the CPU has.
+// "baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16" or "amx": what this process uses. Chosen once, the best that the CPU has.
 LONGSPAN_API const char *longspan_instruction_set(void);
 // For tests and benchmarks: restrict the choice. BAD_ARGUMENT where the CPU or the build lacks it.
 LONGSPAN_API int longspan_use_instruction_set(const char *name);

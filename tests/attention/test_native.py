@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(library is None, reason=str(kernels.problem()))
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = 150
-SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+SETS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
 def rows(
@@ -78,7 +78,7 @@ def instruction_set():
     assert library.longspan_use_instruction_set(before) == 0
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_every_instruction_set_computes_the_same(name: str, instruction_set):
     if not instruction_set(name):
         pytest.skip(f"this CPU or this build has no {name}")

@@ -213,7 +213,8 @@ def test_other_instruction_sets_say_what_to_do():
         assert not available()
         for call in (lambda: pack_linear(WEIGHT), lambda: linear(X, PackedWeight(X, 8, 4, 3))):
             with pytest.raises(
-                NotImplementedError, match="need the instruction set amx or avx512_bf16, but the kernels use baseline"
+                NotImplementedError,
+                match="need the instruction set avx512_vnni or better, but the kernels use baseline",
             ):
                 call()
     finally:

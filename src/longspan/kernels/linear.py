@@ -1,5 +1,5 @@
-"""Linear layers in float32, bfloat16 and int8, with all that follows: on AVX-512 with products of bf16 and of bytes,
-and on the tile unit (AMX) of Intel's server CPUs.
+"""Linear layers in float32, bfloat16 and int8, with all that follows: on AVX-512 with products of bytes (VNNI) and on
+the tile unit (AMX) of Intel's server CPUs.
 
 The unit multiplies bf16 numbers and adds up in float32, so there float32 numbers are taken apart into bf16 terms that
 add up to them, and the products of all terms that matter are summed (Henry, Tang, Heinecke 2019, arXiv 1904.06376).
@@ -192,7 +192,7 @@ def _available_library() -> ctypes.CDLL:
     if not library.longspan_linear_is_available():
         have = library.longspan_instruction_set().decode()
         raise NotImplementedError(
-            f"linear layers need the instruction set amx or avx512_bf16, but the kernels use {have}; "
+            f"linear layers need the instruction set avx512_vnni or better, but the kernels use {have}; "
             "ask longspan.kernels.linear.available() first, and use torch.nn.functional.linear otherwise"
         )
     return library
