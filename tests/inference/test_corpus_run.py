@@ -162,6 +162,18 @@ def test_a_folder_of_another_run_is_refused(corpus, tmp_path):
         run_corpus(Lengths(), Corpus(path=corpus.path, text_column="body"), out)
 
 
+def test_two_runs_do_not_write_to_one_folder(corpus, tmp_path):
+    out, refused = tmp_path / "out", []
+
+    def run_again(*_):
+        with pytest.raises(BlockingIOError, match=r"another run is writing to .+: wait until it has ended"):
+            run_corpus(Lengths(), corpus, out)
+        refused.append(True)
+
+    assert run_corpus(Lengths(), corpus, out, progress=run_again).documents == 20 and refused
+    assert run_corpus(Lengths(), corpus, out).skipped == 20
+
+
 def chunks_of(*texts):
     return [[CorpusDocument(text, text, None)] for text in texts]
 

@@ -20,7 +20,7 @@ from longspan.inference.corpus import Corpus, import_pyarrow, in_chunks
 from longspan.inference.corpus_pool import on_pool
 from longspan.inference.corpus_ray import on_ray
 from longspan.inference.corpus_worker import Task
-from longspan.inference.run_folder import remember
+from longspan.inference.run_folder import alone_in, remember
 
 ENGINES = ("local", "ray")
 PART_DOCUMENTS, PART_SECONDS = 1000, 60  # what a run that is killed loses
@@ -58,8 +58,8 @@ def run_corpus(
     engine: "local", a `WorkerPool`, or "ray". instances: of the model; None fills the cores. address: of a Ray cluster.
     progress: called with the number of rows and of errors so far.
     Raises ValueError for options that do not fit and for a folder of another run, FileExistsError for a folder of
-    something else, OSError where the rows cannot be written, and what reading the corpus, loading the model and the
-    engine raise.
+    something else, BlockingIOError for one that another run is writing to, OSError where the rows cannot be written,
+    and what reading the corpus, loading the model and the engine raise.
     """
     out, start = Path(out), time.perf_counter()
     if engine not in ENGINES:
@@ -71,35 +71,35 @@ def run_corpus(
             f"{out} lies in the corpus {corpus.path}, which would read what it writes: name another folder"
         )
     task.check()
-    remember(
-        out, {"task": task.name, **asdict(task), **asdict(corpus), "path": str(corpus.path.resolve())}, "_run.json"
-    )
-    parts = Parts(out)
-    finished = parts.finished()
-    chunks = partial(in_chunks, corpus, finished)
-    documents = errors = 0
-    first_error = None
-    if next(chunks(), None) is not None:  # else there is nothing to start workers for
-        shared: dict[str, Any] = {"instances": instances, "threads_per_instance": threads_per_instance}
-        tables = on_pool(task, chunks(), **shared)
-        if engine == "ray":
-            tables = on_ray(task, chunks, **shared, address=address)
-        with closing(tables), parts:
-            for table in tables:
-                parts.add(table)
-                failed = table.filter(table["error"].is_valid())
-                if failed.num_rows and first_error is None:
-                    first_error = failed["error"][0].as_py()
-                documents, errors = documents + table.num_rows, errors + failed.num_rows
-                if progress is not None:
-                    progress(documents, errors)
-    return CorpusRun(
-        documents=documents,
-        errors=errors,
-        skipped=finished.total(),
-        first_error=first_error,
-        seconds=time.perf_counter() - start,
-    )
+    decides = {"task": task.name, **asdict(task), **asdict(corpus), "path": str(corpus.path.resolve())}
+    remember(out, decides, "_run.json")
+    with alone_in(out, "_run.json"):
+        parts = Parts(out)
+        finished = parts.finished()
+        chunks = partial(in_chunks, corpus, finished)
+        documents = errors = 0
+        first_error = None
+        if next(chunks(), None) is not None:  # else there is nothing to start workers for
+            shared: dict[str, Any] = {"instances": instances, "threads_per_instance": threads_per_instance}
+            tables = on_pool(task, chunks(), **shared)
+            if engine == "ray":
+                tables = on_ray(task, chunks, **shared, address=address)
+            with closing(tables), parts:
+                for table in tables:
+                    parts.add(table)
+                    failed = table.filter(table["error"].is_valid())
+                    if failed.num_rows and first_error is None:
+                        first_error = failed["error"][0].as_py()
+                    documents, errors = documents + table.num_rows, errors + failed.num_rows
+                    if progress is not None:
+                        progress(documents, errors)
+        return CorpusRun(
+            documents=documents,
+            errors=errors,
+            skipped=finished.total(),
+            first_error=first_error,
+            seconds=time.perf_counter() - start,
+        )
 
 
 class Parts:

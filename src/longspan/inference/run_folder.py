@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,27 @@ def remember(
         raise FileExistsError(f"{output} exists and holds no run to go on with: name another, or remove it first")
     output.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(arguments, indent=2) + "\n")
+
+
+@contextmanager
+def alone_in(output: Path, name: str = "run.json") -> Iterator[None]:
+    """Keeps other runs of this machine out of a folder that `remember` knows until the statement ends, however it does.
+
+    BlockingIOError where another run is in it. Systems without file locks (Windows) let both in.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(output / name) as remembered:
+        try:
+            fcntl.flock(remembered, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another run is writing to {output}: wait until it has ended, or name another folder"
+            ) from None
+        yield
 
 
 def write_whole(file: Path, text: str) -> None:
