@@ -43,6 +43,8 @@ ALWAYS_INLINE void load_block(const Tokens& tokens, int64_t begin, int64_t count
   }
 }
 
+ALWAYS_INLINE int64_t size_of(int32_t dtype) { return dtype == LONGSPAN_F32 ? sizeof(float) : sizeof(bfloat16); }
+
 // Rows that are read or written soon. They lie far apart, where the hardware does not foresee them.
 ALWAYS_INLINE void prefetch_rows(const Tokens& tokens, int64_t begin, int64_t count, const void* base, int64_t stride,
                                  int64_t size, int64_t width) {

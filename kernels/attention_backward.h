@@ -125,8 +125,8 @@ class QueryGradient {
     constexpr int64_t size = sizeof(typename Tiles::Element);
     prefetch_rows(*queries_, begin + count, count, lane_->q, call_.q_stride, size, call_.width);
     prefetch_rows(*queries_, begin + count, count, lane_->grad_out, call_.grad_out_stride, size, call_.width);
-    prefetch_rows(*queries_, begin + count, count, lane_->out, call_.out_stride, call_.out_dtype == LONGSPAN_F32 ? 4 : 2,
-                  call_.width);
+    prefetch_rows(*queries_, begin + count, count, lane_->out, call_.out_stride, size_of(call_.out_dtype), call_.width);
+    prefetch_rows(*queries_, begin, count, lane_->grad_q, call_.grad_q_stride, size_of(call_.grad_dtype), call_.width);
     load_block<Tiles>(*queries_, begin, count, lane_->q, call_.q_stride, call_.width, scale_.negative, q_);
     load_block<Tiles>(*queries_, begin, count, lane_->grad_out, call_.grad_out_stride, call_.width, false, grad_out_);
     for (int64_t r = 0; r < Tiles::ROWS; ++r) {
@@ -254,6 +254,12 @@ class KeyGradient {
   }
 
   void load(int64_t begin, int64_t count) {
+    constexpr int64_t size = sizeof(typename Tiles::Element);
+    const int64_t grad_size = size_of(call_.grad_dtype);
+    prefetch_rows(*keys_, begin + count, count, lane_->k, call_.k_stride, size, call_.width);
+    prefetch_rows(*keys_, begin + count, count, lane_->v, call_.v_stride, size, call_.width);
+    prefetch_rows(*keys_, begin, count, lane_->grad_k, call_.grad_k_stride, grad_size, call_.width);
+    prefetch_rows(*keys_, begin, count, lane_->grad_v, call_.grad_v_stride, grad_size, call_.width);
     load_block<Tiles>(*keys_, begin, count, lane_->k, call_.k_stride, call_.width, scale_.negative, k_);
     load_block<Tiles>(*keys_, begin, count, lane_->v, call_.v_stride, call_.width, false, v_);
   }

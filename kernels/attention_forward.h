@@ -71,9 +71,9 @@ class Forward {
   using Packed = typename Tiles::Packed;
   static constexpr int64_t SOURCES = 2;
   static constexpr bool SUMS_BIAS = false;
-  // Scores of 16 rows x 288 columns fit in the first-level cache. Blocks of 32 rows fit in no useful number, and do best
-  // where all of a window of 512 keys is one tile.
-  static constexpr int64_t TILE_PANELS = (Tiles::ROWS == 32 ? 544 : 288) / Tiles::PANEL;
+  // Scores and weights of 16 rows x 304 columns fit in the first-level cache, and a window of 256 keys with 32 more is
+  // one tile. Blocks of 32 rows fit in no useful number, and do best where all of a window of 512 keys is one tile.
+  static constexpr int64_t TILE_PANELS = (Tiles::ROWS == 32 ? 544 : 304) / Tiles::PANEL;
 
   static int64_t rows(const longspan_lane& lane) { return lane.queries; }
   static int64_t dilation(const longspan_lane& lane) { return lane.dilation; }
@@ -111,8 +111,7 @@ class Forward {
 
   void load(int64_t begin, int64_t count) {
     prefetch_rows(*queries_, begin + count, count, lane_->q, call_.q_stride, sizeof(typename Tiles::Element), call_.width);
-    prefetch_rows(*queries_, begin, count, lane_->out, call_.out_stride, call_.out_dtype == LONGSPAN_F32 ? 4 : 2,
-                  call_.width);
+    prefetch_rows(*queries_, begin, count, lane_->out, call_.out_stride, size_of(call_.out_dtype), call_.width);
     load_block<Tiles>(*queries_, begin, count, lane_->q, call_.q_stride, call_.width, scale_.negative, block_);
   }
 

@@ -185,11 +185,15 @@ struct Linear {
     pack_rows<T>(call, plan, first_row, rows, block);
     Finisher<Format> finisher{call, sums, plan.streams};
     finisher.is_last = true;
+    const int64_t groups = divide_up(rows, Tiles::ROWS);
+    const int64_t share = groups > 1 ? panel_bytes(call.in_features) / groups : 0;  // of the next panel, to fetch
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const uint8_t* weight = static_cast<const uint8_t*>(call.packed) + panel * panel_bytes(call.in_features);
       finisher.offsets = reinterpret_cast<const int32_t*>(weight + SQUARE * plan.width * NUMBER);
       finisher.first_column = panel * SQUARE;
+      const uint8_t* next = weight + panel_bytes(call.in_features);
       for (int64_t row = 0; row < rows; row += Tiles::ROWS) {
+        for (int64_t i = 0; i < share; i += CACHE_LINE, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
         multiply(block + row * plan.width, reinterpret_cast<const Packed*>(weight), plan.width, sums);
         finisher.first_row = first_row + row;
         finisher.rows = smaller(Tiles::ROWS, rows - row);

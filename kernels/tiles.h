@@ -105,9 +105,10 @@ struct VectorTiles {
       pack_rows(PANEL, rows, width, padded, panel);
     } else {
       for (int64_t j = 0; j < PANEL; j += 2) {
-        for (int64_t x = 0; x < padded; x += LANES) {
-          const Words pairs = halves_of(rows[j], x, width) | halves_of(rows[j + 1], x, width) << 16;
-          memcpy(panel + j * padded + x * 2, &pairs, sizeof pairs);
+        for (int64_t x = 0; x < padded; x += WIDTH_STEP) {
+          Words pairs[] = {words_of(rows[j], x, width), words_of(rows[j + 1], x, width)};
+          interleave_halves(pairs[0], pairs[1]);
+          memcpy(panel + j * padded + x * 2, pairs, sizeof pairs);
         }
       }
     }
@@ -166,12 +167,6 @@ struct VectorTiles {
     Element part[WIDTH_STEP] = {};
     memcpy(part, row + x, (width - x) * sizeof(Element));
     return Format::words(part);
-  }
-
-  ALWAYS_INLINE Words halves_of(const Element* row, int64_t x, int64_t width) {
-    Halves bits = {};
-    if (row && x < width) memcpy(&bits, row + x, smaller(LANES, width - x) * sizeof(Element));
-    return __builtin_convertvector(bits, Words);
   }
 
   static void pack_rows(int64_t count, const Element* const* rows, int64_t width, int64_t padded, Packed* to) {
