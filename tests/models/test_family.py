@@ -127,7 +127,7 @@ def test_a_hugging_face_config_beside_the_directory_is_used(bert):
 
 def test_a_new_head_is_drawn_anew_with_a_warning(bert, caplog):
     logging.getLogger("transformers").propagate = True
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         model = LongspanForTokenClassification.from_pretrained(bert)
     assert "classifier.weight" in caplog.text
     base = LongspanModel.from_pretrained(bert).state_dict()
