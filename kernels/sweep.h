@@ -57,7 +57,7 @@ constexpr int64_t VIEWS = 2;
 // Panels of a segment: as many as fit in a share of the second-level cache, and no more than there are.
 template <class Tiles>
 int64_t segment_panels(int64_t width, int64_t num_sources, int64_t most_columns) {
-  constexpr int64_t BYTES = 1280 << 10, FEWEST = 16;
+  constexpr int64_t BYTES = (Tiles::ROWS == 32 ? 1280 : 480) << 10, FEWEST = 16;  // CPUs with tiles have more of it
   const int64_t panel = num_sources * Tiles::PANEL * round_up(width, Tiles::WIDTH_STEP) *
                         static_cast<int64_t>(sizeof(typename Tiles::Packed));
   return larger(1, smaller(larger(BYTES / panel, FEWEST), divide_up(most_columns, Tiles::PANEL)));
