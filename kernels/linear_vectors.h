@@ -1,8 +1,8 @@
 // Linear layers on vectors. The interface is told in longspan_linear.h.
 //
 // A block of rows, copied to where it stays in the second-level cache, meets the panels of the weight one after the
-// other; a panel serves all rows of the block before the next one comes. Long rows of fp32 numbers take several stages, each
-// with sums of its own: one sum over all of a row would be less exact.
+// other; a panel serves all rows of the block before the next one comes. Long rows of fp32 numbers take several stages,
+// each with sums of its own: one sum over all of a row would be less exact.
 #pragma once
 #include <omp.h>
 
@@ -15,8 +15,8 @@
 namespace longspan::LONGSPAN_SET {
 
 constexpr int64_t TASK_BYTES = 512 * 1024;  // of rows
-constexpr int64_t SHARED_PANELS = 4;  // the fewest of a task, where rows alone do not give all threads work
-constexpr int64_t LAYER_ROWS = 128;   // go all the way through a layer: what they become stays in the cache
+constexpr int64_t SHARED_PANELS = 4;        // the fewest of a task, where rows alone do not give all threads work
+constexpr int64_t LAYER_ROWS = 128;         // go all the way through a layer: what they become stays in the cache
 
 template <class TilesOfType>
 struct FloatingPoint {
@@ -26,7 +26,7 @@ struct FloatingPoint {
   ALWAYS_INLINE Vector sums(const float* from, const int32_t*) { return load(from); }
 };
 
-// fp32 numbers are multiplied as they are where two or three terms are asked for, or where there are no products of bf16.
+// fp32 numbers are multiplied as they are where two or three terms are asked for, or where bf16 has no products.
 #if defined(__AVX512BF16__)
 template <int NUM_TERMS>
 using Terms = FloatingPoint<std::conditional_t<NUM_TERMS == 1, Bfloat16Tiles, Float32Tiles>>;
