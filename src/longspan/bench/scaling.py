@@ -29,6 +29,7 @@ from torch import Tensor
 from longspan.attention import DilatedSegments, Pattern, SlidingWindow, attend
 from longspan.bench.attention import DTYPES, TOLERANCE, available_mib
 from longspan.bench.measure import MOST_CALLS, Row, compare, fill_times, reset_peak, status_mib
+from longspan.inference.worker_process import end_with_parent
 
 FIRST_TOKENS, MOST_TOKENS = 256, 2**26
 DENSE_SECONDS = 60.0  # dense attention is left out beyond the first length that takes it longer
@@ -269,7 +270,7 @@ class _Worker:
 
     def measure(self, *asked: Any) -> Point:
         if self.pool is None:
-            self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
         try:
             return self.pool.submit(measure_point, *asked).result()
         except BrokenProcessPool:

@@ -14,6 +14,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def work(connection: Any, load: Callable[[], Any], cores: Sequence[int], folder:
     from transformers.utils import logging  # takes longer than all else here, which Ray's actors import, too
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    end_with_parent(partial(shutil.rmtree, folder, ignore_errors=True))
     pin(cores)
     torch.set_num_threads(len(cores))
     logging.disable_progress_bar()
@@ -49,12 +50,17 @@ def work(connection: Any, load: Callable[[], Any], cores: Sequence[int], folder:
         connection.send_bytes(outcome(lambda payload=payload: _run(models[0], payload)))
 
 
-def _end_with_parent(folder: Path) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
+    """Lets a process of multiprocessing end when its parent does, whatever it computes. clean: called before."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        clean()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @torch.inference_mode()
