@@ -129,33 +129,20 @@ struct Linear {
     int64_t first_step = 0;
   };
 
-  // A task is a block of rows with some of the panels, or with all where there are blocks enough.
-  struct Plan {
-    int64_t steps, panels, block_rows, row_blocks, parts, part_panels, num_tasks;
-    bool streams;
+  struct Plan : Shares {
+    int64_t steps;
 
-    explicit Plan(const longspan_linear& call)
-        : steps(divide_up(call.in_features, STEP)), panels(divide_up(call.out_features, SQUARE)) {
-      const int64_t most_rows = larger(SQUARE, STAGE_BYTES / (stage_steps() * SLICE) * SQUARE);
-      block_rows = round_up(divide_up(call.rows, divide_up(call.rows, most_rows)), SQUARE);
-      row_blocks = divide_up(call.rows, block_rows);
-      const int64_t wanted = threads_to_take() == 1 ? 1 : 2 * threads_to_take();
-      parts = smaller(divide_up(wanted, row_blocks), divide_up(panels, SHARED_PANELS));
-      part_panels = divide_up(panels, parts);
-      parts = divide_up(panels, part_panels);
-      num_tasks = row_blocks * parts;
-      const int64_t number_bytes = call.out_dtype == LONGSPAN_F32 ? 4 : 2;
-      streams = call.rows * call.out_features * number_bytes >= STREAMED_BYTES &&
-                (reinterpret_cast<uintptr_t>(call.out) | call.out_stride * number_bytes) % CACHE_LINE == 0;
-    }
+    explicit Plan(const longspan_linear& call) : Plan(call, divide_up(call.in_features, STEP)) {}
+    Plan(const longspan_linear& call, int64_t steps)
+        : Shares(call, most_rows(smaller(steps, STAGE_STEPS)), SQUARE, SHARED_PANELS), steps(steps) {}
+
+    static int64_t most_rows(int64_t steps) { return larger(SQUARE, STAGE_BYTES / (steps * SLICE) * SQUARE); }
 
     int64_t stage_steps() const { return smaller(steps, STAGE_STEPS); }
     int64_t stage_bytes() const { return block_rows / SQUARE * stage_steps() * SLICE; }
     int64_t earlier_bytes() const { return steps > STAGE_STEPS ? block_rows * part_panels * SQUARE * 4 : 0; }
     int64_t workspace_bytes() const { return 2 * stage_bytes() + SQUARE * SQUARE * 4 + earlier_bytes(); }
     int64_t steps_of(const Stage& stage) const { return smaller(STAGE_STEPS, steps - stage.first_step); }
-    int64_t first_row(const Stage& stage) const { return stage.task / parts * block_rows; }
-    int64_t first_panel(const Stage& stage) const { return stage.task % parts * part_panels; }
   };
 
   template <class T>
@@ -186,7 +173,7 @@ struct Linear {
                                            uint8_t* to) {
     Packer<Format, T> packer;
     if (stage.task >= plan.num_tasks) return packer;
-    const int64_t row = plan.first_row(stage), column = stage.first_step * STEP;
+    const int64_t row = plan.first_row(stage.task), column = stage.first_step * STEP;
     packer.x = static_cast<const T*>(call.in) + row * call.in_stride + column;
     packer.stride = call.in_stride;
     packer.rows = smaller(plan.block_rows, call.rows - row);
@@ -223,7 +210,7 @@ struct Linear {
   template <class T>
   static void run_stage(const longspan_linear& call, const Plan& plan, const Stage& stage, const Stage& next,
                         const uint8_t* packed, float* earlier, Shadow<Format, T>& shadow) {
-    const int64_t first_row = plan.first_row(stage), first_panel = plan.first_panel(stage);
+    const int64_t first_row = plan.first_row(stage.task), first_panel = plan.first_panel(stage.task);
     const int64_t rows = smaller(plan.block_rows, call.rows - first_row);
     const int64_t panels = smaller(plan.part_panels, plan.panels - first_panel);
     const int64_t steps = plan.steps_of(stage), groups = divide_up(rows, SQUARE);
@@ -254,7 +241,7 @@ struct Linear {
 
   ALWAYS_INLINE const uint8_t* weight_of(const longspan_linear& call, const Plan& plan, const Stage& stage) {
     return static_cast<const uint8_t*>(call.packed) +
-           (stage.first_step * plan.panels + plan.first_panel(stage) * plan.steps_of(stage)) * SLICE;
+           (stage.first_step * plan.panels + plan.first_panel(stage.task) * plan.steps_of(stage)) * SLICE;
   }
 
   template <int ROW_TILES, class T>

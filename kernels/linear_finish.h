@@ -1,4 +1,5 @@
-// What becomes of the sums of a linear layer: scales, bias, activation, residual, and the way to memory.
+// What both kinds of linear layers share: how a call is cut into tasks, and what becomes of the sums: scales, bias,
+// activation, residual, and the way to memory.
 #pragma once
 #include "dispatch.h"
 #include "rows.h"
@@ -10,6 +11,30 @@ constexpr int64_t SQUARE = 32;               // rows and columns of the sums tha
 constexpr int64_t STREAMED_BYTES = 1 << 20;  // results that no cache near keeps bypass the caches: half the traffic
 
 ALWAYS_INLINE uint64_t first_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// How a call is shared out. A task is a block of rows with some of the panels, or with all where blocks are enough.
+struct Shares {
+  int64_t panels, block_rows, row_blocks, parts, part_panels, num_tasks;
+  bool streams;  // results are written past the caches
+
+  // Blocks have up to most_rows, in groups of `group`; a task has `fewest` panels or more.
+  Shares(const longspan_linear& call, int64_t most_rows, int64_t group, int64_t fewest)
+      : panels(divide_up(call.out_features, SQUARE)) {
+    block_rows = round_up(divide_up(call.rows, divide_up(call.rows, most_rows)), group);
+    row_blocks = divide_up(call.rows, block_rows);
+    const int64_t wanted = threads_to_take() == 1 ? 1 : 2 * threads_to_take();
+    parts = smaller(divide_up(wanted, row_blocks), divide_up(panels, fewest));
+    part_panels = divide_up(panels, parts);
+    parts = divide_up(panels, part_panels);
+    num_tasks = row_blocks * parts;
+    const int64_t number_bytes = call.out_dtype == LONGSPAN_F32 ? 4 : 2;
+    streams = call.rows * call.out_features * number_bytes >= STREAMED_BYTES &&
+              (reinterpret_cast<uintptr_t>(call.out) | call.out_stride * number_bytes) % CACHE_LINE == 0;
+  }
+
+  int64_t first_row(int64_t task) const { return task / parts * block_rows; }
+  int64_t first_panel(int64_t task) const { return task % parts * part_panels; }
+};
 
 // What becomes of the sums of a square, some rows at a time.
 template <class Format>

@@ -104,25 +104,13 @@ struct Linear {
     return SQUARE * (round_up(in_features, STEP) * NUMBER + (Format::HAS_OFFSETS ? sizeof(int32_t) : 0));
   }
 
-  // A task is a block of rows with some of the panels, or with all where there are blocks enough.
-  struct Plan {
-    int64_t width, panels, block_rows, row_blocks, parts, part_panels, num_tasks;
-    bool streams;
+  struct Plan : Shares {
+    int64_t width;
 
-    explicit Plan(const longspan_linear& call)
-        : width(round_up(call.in_features, STEP)), panels(divide_up(call.out_features, SQUARE)) {
-      const int64_t most_rows = round_up(TASK_BYTES / (width * NUMBER), Tiles::ROWS) + Tiles::ROWS;
-      block_rows = round_up(divide_up(call.rows, divide_up(call.rows, most_rows)), Tiles::ROWS);
-      row_blocks = divide_up(call.rows, block_rows);
-      const int64_t wanted = threads_to_take() == 1 ? 1 : 2 * threads_to_take();
-      parts = smaller(divide_up(wanted, row_blocks), divide_up(panels, SHARED_PANELS));
-      part_panels = divide_up(panels, parts);
-      parts = divide_up(panels, part_panels);
-      num_tasks = row_blocks * parts;
-      const int64_t number_bytes = call.out_dtype == LONGSPAN_F32 ? 4 : 2;
-      streams = call.rows * call.out_features * number_bytes >= STREAMED_BYTES &&
-                (reinterpret_cast<uintptr_t>(call.out) | call.out_stride * number_bytes) % CACHE_LINE == 0;
-    }
+    explicit Plan(const longspan_linear& call) : Plan(call, round_up(call.in_features, STEP)) {}
+    Plan(const longspan_linear& call, int64_t width)
+        : Shares(call, round_up(TASK_BYTES / (width * NUMBER), Tiles::ROWS) + Tiles::ROWS, Tiles::ROWS, SHARED_PANELS),
+          width(width) {}
 
     int64_t workspace_bytes() const { return block_rows * width * NUMBER + 2 * Tiles::ROWS * SQUARE * 4; }
   };
@@ -177,7 +165,7 @@ struct Linear {
 
   template <class T>
   static void run_task(const longspan_linear& call, const Plan& plan, int64_t task, uint8_t* memory) {
-    const int64_t first_row = task / plan.parts * plan.block_rows, first_panel = task % plan.parts * plan.part_panels;
+    const int64_t first_row = plan.first_row(task), first_panel = plan.first_panel(task);
     const int64_t rows = smaller(plan.block_rows, call.rows - first_row);
     const int64_t last_panel = smaller(first_panel + plan.part_panels, plan.panels);
     Packed* block = reinterpret_cast<Packed*>(memory);
