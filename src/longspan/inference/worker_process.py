@@ -35,23 +35,26 @@ def work(connection: Any, load: Callable[[], Any], cores: Sequence[int], folder:
     from transformers.utils import logging  # takes longer than all else here, which Ray's actors import, too
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
-    end_with_parent(partial(shutil.rmtree, folder, ignore_errors=True))
+    watch = end_with_parent(partial(shutil.rmtree, folder, ignore_errors=True))
     pin(cores)
     torch.set_num_threads(len(cores))
     logging.disable_progress_bar()
     models: list[Any] = []
-    connection.send_bytes(outcome(lambda: models.append(load())))
-    gc.freeze()  # the collector need not look through the model again and again
-    while models:
-        try:
+    try:
+        connection.send_bytes(outcome(lambda: models.append(load())))
+        gc.freeze()  # the collector need not look through the model again and again
+        while models:
             payload = connection.recv_bytes()
-        except EOFError:
-            return
-        connection.send_bytes(outcome(lambda payload=payload: _run(models[0], payload)))
+            connection.send_bytes(outcome(lambda payload=payload: _run(models[0], payload)))
+    except (EOFError, ConnectionError):  # the parent is gone: what watches it ends the process, once it has cleaned up
+        watch.join()
 
 
-def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
-    """Lets a process of multiprocessing end when its parent does, whatever it computes. clean: called before."""
+def end_with_parent(clean: Callable[[], object] = lambda: None) -> threading.Thread:
+    """Lets a process of multiprocessing end when its parent does, whatever it computes. clean: called before.
+
+    Returns the thread that waits for this.
+    """
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
@@ -60,7 +63,9 @@ def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
         clean()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
 
 
 @torch.inference_mode()
