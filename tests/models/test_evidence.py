@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +8,7 @@ from transformers import BertConfig, BertModel
 
 from longspan import LongspanForEvidence, to_long
 from longspan.models import evidence
-from longspan.models.evidence import evidence_loss, narrow_rows, span_means, widen_rows
+from longspan.models.evidence import evidence_loss, lexical_matches, narrow_rows, span_means, widen_rows
 
 QUESTION = torch.tensor([2, 9, 30, 17, 3])
 
@@ -221,3 +223,27 @@ def test_probabilities_rise_with_the_score_and_fall_with_rivals(model):
     assert alone.argsort().tolist() == [0, 2, 1]
     assert ((alone > 0) & (alone < 1)).all()
     assert (model.passage_probability(torch.cat((scores, scores)))[:3] < alone).all()
+
+
+def test_lexical_matches_are_bm25_of_spans_and_their_surroundings():
+    ids, spans = document(60) % 20 + 4, spans_of(60)
+    expected = [0.0] * len(spans)
+    for reach in (0, 8):
+        inside = [ids[max(0, start - reach) : end + reach].tolist() for start, end in spans.tolist()]
+        for number, span in enumerate(inside):
+            for token in set(QUESTION.tolist()):
+                holding = sum(token in other for other in inside)
+                rarity = math.log(1 + (len(inside) - holding + 0.5) / (holding + 0.5))
+                expected[number] += rarity * span.count(token) / (span.count(token) + 1.2)
+    assert len(set(expected)) > 2
+    assert torch.allclose(lexical_matches(QUESTION, ids, spans), torch.tensor(expected), atol=1e-5)
+
+
+def test_words_add_their_share_to_the_scores_and_a_checkpoint_keeps_it(model, tmp_path):
+    ids, spans = document(60) % 20 + 4, spans_of(60)
+    vectors = model.score_windows(QUESTION, ids, spans)
+    model.config.lexical_weight = 0.7
+    scores = model.score_windows(QUESTION, ids, spans)
+    assert torch.allclose(scores - vectors, 0.7 * lexical_matches(QUESTION, ids, spans), atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LongspanForEvidence.from_pretrained(tmp_path).score_windows(QUESTION, ids, spans), scores)

@@ -1,21 +1,25 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from longspan.inference.windows import candidate_windows
 from longspan.models.evidence import LongspanForEvidence
-from longspan.training.evidence_rows import load_rows
+from longspan.training.evidence_rows import interval_iou, load_rows
 from longspan.training.reader import (
     ReaderTraining,
     TrainingRows,
+    calibrate,
     split_rows,
     train_reader,
     untrained_reader,
 )
+from longspan.training.reading import LENGTH, STRIDE, document_of
 from longspan.training.runs import newest_checkpoint
 
 
@@ -83,6 +87,22 @@ def test_training_moves_all_but_the_embeddings_and_fits_the_probabilities(config
     assert trained.config.training["steps"] == 6
     assert 0 <= trained.config.training["calibration_error"] <= 1
     assert str(config.data) not in (finished / "config.json").read_text()
+
+
+def test_words_weigh_as_much_as_finds_most_evidence(data, articles, tokenizer):
+    def calibrated(scores_of):
+        model = SimpleNamespace(config=SimpleNamespace())
+        readings = []
+        for row in load_rows(data, articles, "boolq_articles", "train"):
+            document = document_of(articles, row, "as_is")
+            windows = candidate_windows(document.num_words, LENGTH, STRIDE)
+            readings.append((row, document, windows, scores_of(windows, document.evidence)))
+        error = calibrate(model, tokenizer, readings)
+        assert 0 <= error <= 1 and len(model.config.calibration) == 3
+        return model.config.lexical_weight
+
+    assert calibrated(lambda windows, evidence: 5 * interval_iou(windows, evidence).max(1)) == 0
+    assert 0 < calibrated(lambda windows, evidence: np.zeros(len(windows))) <= 1
 
 
 def test_trained_share_mixes_the_weights_before_and_after_training(config, finished, tmp_path):

@@ -72,12 +72,14 @@ class SpanScorer(nn.Module):
 class LongspanForEvidence(LongspanPreTrainedModel):
     """A long encoder that scores passages of a document against a question.
 
-    config.calibration: see `passage_probability`; config.weights_format: "int8_rows" in a checkpoint of `save_compact`.
+    config.calibration: see `passage_probability`; config.lexical_weight: see `score_windows`; config.weights_format:
+    "int8_rows" in a checkpoint of `save_compact`.
     """
 
     def __init__(self, config: LongspanConfig):
         super().__init__(config)
         config.calibration = getattr(config, "calibration", None)
+        config.lexical_weight = getattr(config, "lexical_weight", 0.0)
         config.weights_format = getattr(config, "weights_format", None)
         self.longspan = LongspanModel(config, add_pooling_layer=False)
         self.window_scorer = SpanScorer(config.hidden_size)
@@ -193,6 +195,8 @@ class LongspanForEvidence(LongspanPreTrainedModel):
     ) -> Tensor:
         """Scores of passages of a document of any length: fp32 [M].
 
+        The sum of what the vectors say and of `config.lexical_weight` times what the words say (`lexical_matches`).
+
         question_ids Long[Q], special tokens included. document_ids Long[N], none. spans Long[M, 2]: token ranges of
         the document, not empty. progress is called with (tokens read, tokens in all).
 
@@ -219,7 +223,7 @@ class LongspanForEvidence(LongspanPreTrainedModel):
         for part in spans.split(SPANS_AT_ONCE):  # neighbors, so that few token vectors are widened at a time
             low, high = int(part.min()), int(part.max())
             scores.append(self.window_scorer(span_means(document[:, low:high], (part - low)[None]), question)[0])
-        return torch.cat(scores)
+        return torch.cat(scores) + self.config.lexical_weight * lexical_matches(question_ids, document_ids, spans)
 
     def passage_probability(self, scores: Tensor) -> Tensor:
         """Probability that each passage overlaps the evidence, [M], from the scores [M] of all candidates together.
@@ -310,6 +314,28 @@ def span_means(hidden: Tensor, spans: Tensor) -> Tensor:
     index = torch.arange(len(shifts), device=spans.device) + shifts
     means = F.embedding_bag(index, hidden.float().flatten(0, 1), offsets, mode="mean")
     return means.view(batch, -1, width)
+
+
+def lexical_matches(question_ids: Tensor, document_ids: Tensor, spans: Tensor) -> Tensor:
+    """How much of the question each span repeats, and how much it repeats with as many tokens again on either side.
+
+    question_ids Long[Q], document_ids Long[N], spans Long[M, 2] -> fp32 [M]. Both are BM25 without its length term,
+    each document its own collection: a token weighs by its inverse document frequency over the spans, and a repetition
+    less than the first occurrence (Robertson and Zaragoza 2009, "The probabilistic relevance framework", equations 3.3
+    and 3.15 with k1 = 1.2).
+    """
+    starts, ends = spans[:, 0].contiguous(), spans[:, 1].contiguous()
+    lengths = ends - starts
+    around = (starts - lengths).clamp(min=0), (ends + lengths).clamp(max=len(document_ids))
+    matches = torch.zeros(len(spans), device=spans.device)
+    for token in question_ids.unique():
+        places = (document_ids == token).nonzero()[:, 0]
+        for first, last in ((starts, ends), around):
+            frequency = torch.searchsorted(places, last) - torch.searchsorted(places, first)
+            holding = (frequency > 0).sum()
+            rarity = torch.log1p((len(spans) - holding + 0.5) / (holding + 0.5))
+            matches += rarity * frequency / (frequency + 1.2)
+    return matches
 
 
 def evidence_loss(scores: Tensor, labels: Tensor) -> Tensor:

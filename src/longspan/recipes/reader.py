@@ -138,8 +138,8 @@ class Steps:
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
 
     @cached_property
-    def training(self) -> tuple[list[dict[str, Any]], Callable[[Any], list[float]]]:
-        """(rows as `collate` takes them, what fits a reader's probabilities on held-out questions)."""
+    def training(self) -> tuple[list[dict[str, Any]], Callable[[Any], float]]:
+        """(rows as `collate` takes them, what calibrates a reader on held-out questions)."""
         config = self.config
         described = ReaderTraining(
             base=self.source,
@@ -157,12 +157,12 @@ class Steps:
         packed = TrainingRows(articles, rows, allowed, self.tokenizer, described)
         made = [self._features(*packed[number]) for number in range(len(packed))]
 
-        def probabilities(model: Any) -> list[float]:
+        def calibrated(model: Any) -> float:
             last = held_out[-config.calibrated :]
             read = read_held_out(model, articles, self.tokenizer, last, bf16=True, fillers=allowed)
-            return calibrate(read)[0]
+            return calibrate(model, self.tokenizer, read)
 
-        return made, probabilities
+        return made, calibrated
 
     def small(self, reader: SmallReader) -> Path:
         """The folder of a reader that was pruned and has learnt again from the whole one."""
@@ -170,7 +170,7 @@ class Steps:
         if (folder / "reader").exists():
             return folder / "reader"
         self.tell(f"small reader: {reader.name}")
-        rows, probabilities = self.training
+        rows, calibrated = self.training
         teacher = LongspanForEvidence.from_pretrained(self.source).eval()
         chosen = rows[-CALIBRATION_ROWS:]  # the last are whole stretches of text, as it will be asked to read
         batches = [self.collate(chosen[first : first + 4]) for first in range(0, len(chosen), 4)]
@@ -185,7 +185,7 @@ class Steps:
             seed=self.config.seed,
         )
         small = distill(teacher, small, Rows(rows, self.collate), folder, settings)
-        small.config.calibration = probabilities(small)
+        calibrated(small)
         with whole_or_absent(folder / "reader") as made:
             small.save_pretrained(made)
             self.tokenizer.save_pretrained(made)

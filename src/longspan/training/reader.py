@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer, Trainer
 
 from longspan.inference.windows import select_disjoint
 from longspan.models.convert import to_long
-from longspan.models.evidence import LongspanForEvidence
+from longspan.models.evidence import LongspanForEvidence, lexical_matches
 from longspan.training.evidence_rows import (
     Array,
     Articles,
@@ -37,6 +37,7 @@ from longspan.training.reading import (
     predict,
     read_held_out,
     summarize,
+    token_spans,
     tokenize_question,
 )
 from longspan.training.runs import newest_checkpoint
@@ -54,6 +55,7 @@ MIXTURE = {
 # From this share of the steps on most rows are whole stretches of text, twice as long: what it will be asked to read.
 NATURAL_FROM, NATURAL_FRACTION = 0.4, 0.75
 LATE_COPIES = {"boolq_articles": 2}  # a question whose evidence stands past word 380 comes twice an epoch
+LEXICAL_WEIGHTS = tuple(tenth / 10 for tenth in range(11))
 MASKED_FRACTION = 0.1  # of the document tokens, against learning the few articles by heart
 
 
@@ -276,8 +278,7 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.lerp_(untrained[name], 1 - config.trained_share)
-    weights, error = calibrate(read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
-    model.config.calibration = weights
+    error = calibrate(model, tokenizer, read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
     model.config.training = asdict(config) | {"base": Path(config.base).name, "data": None, "output": None}
     model.config.training["calibration_error"] = round(error, 4)
     model.save_pretrained(output / "model")
@@ -285,23 +286,39 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     return output / "model"
 
 
-def calibrate(readings: Iterable[tuple[EvidenceRow, Document, Array, Array]]) -> tuple[list[float], float]:
-    """Weights for `LongspanForEvidence.passage_probability`, and the calibration error of its kind.
+def calibrate(
+    model: LongspanForEvidence, tokenizer: Any, readings: Iterable[tuple[EvidenceRow, Document, Array, Array]]
+) -> float:
+    """Fits what the words add to a reader's scores, then its probabilities, and sets both; the calibration error.
 
-    Fitted on the three best passages of each held-out document. The error is that of two halves, each predicted by the
-    weights of the other.
+    The weight of the words is the one of LEXICAL_WEIGHTS by which most best passages hit the evidence. The weights for
+    `LongspanForEvidence.passage_probability` are fitted on the three best passages of each held-out document. The error
+    is that of two halves, each predicted by the weights of the other.
     """
+    model.config.lexical_weight = 0.0  # of what the readings say, which are computed as they are asked for
+    read = []
+    for row, document, windows, scores in readings:
+        question_ids = torch.from_numpy(tokenize_question(tokenizer, row.question))
+        token_ids, spans = torch.from_numpy(document.token_ids), token_spans(document.first_token, windows)
+        is_hit = interval_iou(windows, document.evidence).max(1) >= HIT_IOU
+        read.append((windows, scores, lexical_matches(question_ids, token_ids, spans).numpy(), is_hit))
+
+    def hits_at(weight: float) -> int:
+        return sum(bool(is_hit[(scores + weight * matches).argmax()]) for _, scores, matches, is_hit in read)
+
+    weight = model.config.lexical_weight = max(LEXICAL_WEIGHTS, key=hits_at)
     features, labels = [], []
-    for _, document, windows, scores in readings:
+    for windows, scores, matches, is_hit in read:
+        scores = scores + weight * matches
         best = select_disjoint(windows, scores, 3)
         shares = scores - np.logaddexp.reduce(scores)
         features.append(np.stack((shares[best], scores[best]), 1))
-        labels.append(interval_iou(windows[best], document.evidence).max(1) >= HIT_IOU)
+        labels.append(is_hit[best])
     middle = len(features) // 2
     halves = [(np.vstack(features[part]), np.hstack(labels[part])) for part in (slice(middle), slice(middle, None))]
     predicted = [predict(fit_calibration(*halves[1 - half]), halves[half][0]) for half in (0, 1)]
-    error = calibration_error(np.hstack(predicted), np.hstack(labels))
-    return fit_calibration(np.vstack(features), np.hstack(labels)), error
+    model.config.calibration = fit_calibration(np.vstack(features), np.hstack(labels))
+    return calibration_error(np.hstack(predicted), np.hstack(labels))
 
 
 def split_rows(
