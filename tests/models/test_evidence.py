@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel
 
 from longspan import LongspanForEvidence, to_long
 from longspan.models import evidence
-from longspan.models.evidence import evidence_loss, lexical_matches, narrow_rows, span_means, widen_rows
+from longspan.models.evidence import best_within, evidence_loss, lexical_matches, narrow_rows, span_means, widen_rows
 
 QUESTION = torch.tensor([2, 9, 30, 17, 3])
 
@@ -239,11 +239,30 @@ def test_lexical_matches_are_bm25_of_spans_and_their_surroundings():
     assert torch.allclose(lexical_matches(QUESTION, ids, spans), torch.tensor(expected), atol=1e-5)
 
 
-def test_words_add_their_share_to_the_scores_and_a_checkpoint_keeps_it(model, tmp_path):
+def test_the_best_stretch_is_that_inside_a_span_or_next_to_a_short_one():
+    scores = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0])  # of tokens 0 to 26, 13 to 39, 26 to 52, 39 to 65, 52 to 78
+    spans = torch.tensor([[0, 78], [0, 51], [0, 52], [1, 70], [13, 39], [30, 40], [70, 78]])
+    assert best_within(scores, spans).tolist() == [9, 3, 4, 4, 1, 1.5, 9]
+
+
+@pytest.mark.parametrize("tokens", (1, 30, 300))
+def test_stretches_are_scored_as_sentences(model, tokens):
+    ids = document(tokens)
+    spans = torch.tensor([[0, tokens]])
+    starts = range(0, max(1, tokens - 25), 13)
+    stretches = torch.tensor([[start, min(tokens, start + 26)] for start in starts])
+    vectors, question = model.encode(torch.cat((QUESTION, ids))[None], None, torch.tensor([len(QUESTION)]))
+    scores = model.sentence_scorer(span_means(vectors[:, len(QUESTION) :], stretches[None]), question)
+    assert torch.allclose(model.score_parts(QUESTION, ids, spans)[1], scores.max(), atol=1e-4)
+
+
+def test_the_parts_of_a_score_are_weighed_and_a_checkpoint_keeps_the_weights(model, tmp_path):
     ids, spans = document(60) % 20 + 4, spans_of(60)
-    vectors = model.score_windows(QUESTION, ids, spans)
-    model.config.lexical_weight = 0.7
+    parts = model.score_parts(QUESTION, ids, spans)
+    assert torch.equal(model.score_windows(QUESTION, ids, spans), parts[0])
+    assert torch.equal(parts[2], lexical_matches(QUESTION, ids, spans))
+    model.config.score_weights = [0.25, 0.5]
     scores = model.score_windows(QUESTION, ids, spans)
-    assert torch.allclose(scores - vectors, 0.7 * lexical_matches(QUESTION, ids, spans), atol=1e-4)
+    assert torch.allclose(scores, parts[0] + parts[1] / 4 + parts[2] / 2, atol=1e-4)
     model.save_pretrained(tmp_path)
     assert torch.equal(LongspanForEvidence.from_pretrained(tmp_path).score_windows(QUESTION, ids, spans), scores)

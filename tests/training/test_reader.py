@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,20 +90,25 @@ def test_training_moves_all_but_the_embeddings_and_fits_the_probabilities(config
     assert str(config.data) not in (finished / "config.json").read_text()
 
 
-def test_words_weigh_as_much_as_finds_most_evidence(data, articles, tokenizer):
-    def calibrated(scores_of):
+def test_parts_of_a_score_weigh_as_much_as_finds_most_evidence(data, articles):
+    def calibrated(*says):
+        """says: for each part of a score, whether it tells where the evidence is."""
         model = SimpleNamespace(config=SimpleNamespace())
+        model.weigh = partial(LongspanForEvidence.weigh, model)
         readings = []
         for row in load_rows(data, articles, "boolq_articles", "train"):
             document = document_of(articles, row, "as_is")
             windows = candidate_windows(document.num_words, LENGTH, STRIDE)
-            readings.append((row, document, windows, scores_of(windows, document.evidence)))
-        error = calibrate(model, tokenizer, readings)
+            where = 5 * interval_iou(windows, document.evidence).max(1)
+            readings.append((row, document, windows, np.stack([where if is_told else -where / 2 for is_told in says])))
+        error = calibrate(model, readings)
         assert 0 <= error <= 1 and len(model.config.calibration) == 3
-        return model.config.lexical_weight
+        return model.config.score_weights
 
-    assert calibrated(lambda windows, evidence: 5 * interval_iou(windows, evidence).max(1)) == 0
-    assert 0 < calibrated(lambda windows, evidence: np.zeros(len(windows))) <= 1
+    assert calibrated(True, False, False) == [0, 0]
+    stretch, words = calibrated(False, True, True)
+    assert stretch + words > 0.5
+    assert calibrated(False, False, True) == [0, 0.75]
 
 
 def test_trained_share_mixes_the_weights_before_and_after_training(config, finished, tmp_path):

@@ -16,7 +16,7 @@ from longspan.errors import DocumentError
 from longspan.inference.evidence import NO_TEXT, EvidenceFinder
 from longspan.inference.extractive import Span, SpanFinder
 from longspan.models.convert import to_hugging_face_longformer, to_long
-from longspan.models.evidence import LongspanForEvidence, lexical_matches, span_means
+from longspan.models.evidence import LongspanForEvidence
 from longspan.models.heads import LongspanForQuestionAnswering
 from longspan.models.model import LongspanPreTrainedModel
 
@@ -114,9 +114,8 @@ def _compare_evidence(
             seconds[side] += taken
             vectors.append(states)
             if len(spans):
-                means = span_means(states[:, len(question_ids) :], spans[None])
-                matches = lexical_matches(question_ids, token_ids, spans)
-                logits[side].append(model.window_scorer(means, asked)[0] + model.config.lexical_weight * matches)
+                parts = model.parts_of(states[:, len(question_ids) :], asked, question_ids, token_ids, spans)
+                logits[side].append(model.weigh(parts))
         difference = max(difference, float((vectors[0].float() - vectors[1]).abs().max()))
         tokens += len(token_ids)
         if tokens == max_tokens:

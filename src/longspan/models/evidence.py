@@ -33,6 +33,7 @@ from longspan.models.model import LongspanModel, LongspanPreTrainedModel
 COSINE_SCALE = 20.0  # sentence-transformers' training temperature of all-MiniLM-L6-v2, so step 0 is that retriever
 SENTENCE_WEIGHT = 0.5
 SPANS_AT_ONCE = 2048
+STRETCH = 26  # tokens, some 20 words
 EMBEDDED_AT_ONCE = 2048  # tokens
 ONE_PASS = 262_144  # tokens; at most some 5 GiB in bf16 for six layers of width 384
 
@@ -72,14 +73,14 @@ class SpanScorer(nn.Module):
 class LongspanForEvidence(LongspanPreTrainedModel):
     """A long encoder that scores passages of a document against a question.
 
-    config.calibration: see `passage_probability`; config.lexical_weight: see `score_windows`; config.weights_format:
+    config.calibration: see `passage_probability`; config.score_weights: see `score_windows`; config.weights_format:
     "int8_rows" in a checkpoint of `save_compact`.
     """
 
     def __init__(self, config: LongspanConfig):
         super().__init__(config)
         config.calibration = getattr(config, "calibration", None)
-        config.lexical_weight = getattr(config, "lexical_weight", 0.0)
+        config.score_weights = getattr(config, "score_weights", None)
         config.weights_format = getattr(config, "weights_format", None)
         self.longspan = LongspanModel(config, add_pooling_layer=False)
         self.window_scorer = SpanScorer(config.hidden_size)
@@ -195,8 +196,6 @@ class LongspanForEvidence(LongspanPreTrainedModel):
     ) -> Tensor:
         """Scores of passages of a document of any length: fp32 [M].
 
-        The sum of what the vectors say and of `config.lexical_weight` times what the words say (`lexical_matches`).
-
         question_ids Long[Q], special tokens included. document_ids Long[N], none. spans Long[M, 2]: token ranges of
         the document, not empty. progress is called with (tokens read, tokens in all).
 
@@ -204,8 +203,20 @@ class LongspanForEvidence(LongspanPreTrainedModel):
         sides as the layers can see, so that local attention is that of one pass; the question then reads each part
         for itself.
         """
+        return self.weigh(self.score_parts(question_ids, document_ids, spans, progress=progress))
+
+    @torch.inference_mode()
+    def score_parts(
+        self,
+        question_ids: Tensor,
+        document_ids: Tensor,
+        spans: Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """What `score_windows` weighs, fp32 [3, M]; it takes the same."""
         if not len(spans):
-            return torch.zeros(0)
+            return torch.zeros(3, 0)
         total = len(document_ids)
         halo = sum(self._reach(block.pattern) for block in self.longspan.encoder.config.blocks)
         states, question = [], None
@@ -218,12 +229,37 @@ class LongspanForEvidence(LongspanPreTrainedModel):
                 read, question = self.encode(row, None, lengths, offsets)
             place = len(question_ids) + start - first
             states.append(read[:, place : place + min(ONE_PASS, total - start)])
+        assert question is not None  # each part of a text has one, and where there are spans, there is a text
         document = states[0] if len(states) == 1 else torch.cat(states, 1)
-        scores = []
-        for part in spans.split(SPANS_AT_ONCE):  # neighbors, so that few token vectors are widened at a time
-            low, high = int(part.min()), int(part.max())
-            scores.append(self.window_scorer(span_means(document[:, low:high], (part - low)[None]), question)[0])
-        return torch.cat(scores) + self.config.lexical_weight * lexical_matches(question_ids, document_ids, spans)
+        return self.parts_of(document, question, question_ids, document_ids, spans)
+
+    def parts_of(
+        self, document: Tensor, question: Tensor, question_ids: Tensor, document_ids: Tensor, spans: Tensor
+    ) -> Tensor:
+        """`score_parts` from the vectors of a document [1, N, C] and of its question [1, C].
+
+        The score of each span as a whole; the best score that the sentence scorer gives to a stretch of it; and how
+        many of the question's words it repeats (`lexical_matches`).
+        """
+        starts = torch.arange(0, max(1, len(document_ids) - STRETCH + 1), STRETCH // 2, device=spans.device)
+        stretches = torch.stack((starts, (starts + STRETCH).clamp(max=len(document_ids))), 1)
+
+        def scored(scorer: SpanScorer, ranges: Tensor) -> Tensor:
+            scores = []
+            for part in ranges.split(SPANS_AT_ONCE):  # neighbors, so that few token vectors are widened at a time
+                low, high = int(part.min()), int(part.max())
+                scores.append(scorer(span_means(document[:, low:high], (part - low)[None]), question)[0])
+            return torch.cat(scores)
+
+        best = best_within(scored(self.sentence_scorer, stretches), spans)
+        matches = lexical_matches(question_ids, document_ids, spans)
+        return torch.stack((scored(self.window_scorer, spans), best, matches))
+
+    def weigh(self, parts: Any) -> Any:
+        """The scores [M] that `score_parts` [3, M] make, tensor or array: the whole passage counts once, its best
+        stretch and its words by `config.score_weights`, which `longspan train reader` fits (None: not at all)."""
+        stretch, words = self.config.score_weights or (0.0, 0.0)
+        return parts[0] + stretch * parts[1] + words * parts[2]
 
     def passage_probability(self, scores: Tensor) -> Tensor:
         """Probability that each passage overlaps the evidence, [M], from the scores [M] of all candidates together.
@@ -314,6 +350,21 @@ def span_means(hidden: Tensor, spans: Tensor) -> Tensor:
     index = torch.arange(len(shifts), device=spans.device) + shifts
     means = F.embedding_bag(index, hidden.float().flatten(0, 1), offsets, mode="mean")
     return means.view(batch, -1, width)
+
+
+def best_within(scores: Tensor, spans: Tensor) -> Tensor:
+    """The best score of a stretch that lies inside each span [M, 2], or that begins nearest to one too short: [M].
+
+    scores [S]: stretch s is STRETCH tokens from s * STRETCH / 2 on.
+    """
+    step, final = STRETCH // 2, len(scores) - 1
+    first = ((spans[:, 0] + step - 1) // step).clamp(max=final)
+    last = torch.maximum(((spans[:, 1] - STRETCH) // step).clamp(max=final), first)
+    best = torch.empty(len(spans), device=scores.device)
+    for part in torch.arange(len(spans), device=scores.device).split(SPANS_AT_ONCE):
+        index = first[part, None] + torch.arange(int((last - first)[part].max()) + 1, device=scores.device)
+        best[part] = scores[index.minimum(last[part, None])].amax(1)
+    return best
 
 
 def lexical_matches(question_ids: Tensor, document_ids: Tensor, spans: Tensor) -> Tensor:

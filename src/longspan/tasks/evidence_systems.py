@@ -39,8 +39,8 @@ class EvidenceReader:
         question_ids = tokenize_question(self.tokenizer, row.question)
         if self.max_tokens is not None:
             document = document.cut(self.max_tokens - len(question_ids))
-        windows, scores = score_document(self.model, question_ids, document)
-        return windows[select_disjoint(windows, scores, TOP)]
+        windows, parts = score_document(self.model, question_ids, document)
+        return windows[select_disjoint(windows, self.model.weigh(parts), TOP)]
 
 
 class CosineChunks:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, Trainer
 
 from longspan.inference.windows import select_disjoint
 from longspan.models.convert import to_long
-from longspan.models.evidence import LongspanForEvidence, lexical_matches
+from longspan.models.evidence import LongspanForEvidence
 from longspan.training.evidence_rows import (
     Array,
     Articles,
@@ -37,7 +38,6 @@ from longspan.training.reading import (
     predict,
     read_held_out,
     summarize,
-    token_spans,
     tokenize_question,
 )
 from longspan.training.runs import newest_checkpoint
@@ -55,7 +55,7 @@ MIXTURE = {
 # From this share of the steps on most rows are whole stretches of text, twice as long: what it will be asked to read.
 NATURAL_FROM, NATURAL_FRACTION = 0.4, 0.75
 LATE_COPIES = {"boolq_articles": 2}  # a question whose evidence stands past word 380 comes twice an epoch
-LEXICAL_WEIGHTS = tuple(tenth / 10 for tenth in range(11))
+SCORE_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried for a passage's best stretch and for its words
 MASKED_FRACTION = 0.1  # of the document tokens, against learning the few articles by heart
 
 
@@ -245,8 +245,8 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
 
     def monitor() -> dict[str, float | None]:
         found = [
-            (hits(windows[select_disjoint(windows, scores, 3)], document.evidence), row.starts_late)
-            for row, document, windows, scores in read(held_out[: config.monitored], conditions=("as_is",))
+            (hits(windows[select_disjoint(windows, model.weigh(parts), 3)], document.evidence), row.starts_late)
+            for row, document, windows, parts in read(held_out[: config.monitored], conditions=("as_is",))
         ]
         return summarize([hit for hit, _ in found], [late for _, late in found])
 
@@ -278,7 +278,7 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.lerp_(untrained[name], 1 - config.trained_share)
-    error = calibrate(model, tokenizer, read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
+    error = calibrate(model, read(held_out[-config.calibrated :], conditions=("as_is", "buried")))
     model.config.training = asdict(config) | {"base": Path(config.base).name, "data": None, "output": None}
     model.config.training["calibration_error"] = round(error, 4)
     model.save_pretrained(output / "model")
@@ -286,30 +286,27 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
     return output / "model"
 
 
-def calibrate(
-    model: LongspanForEvidence, tokenizer: Any, readings: Iterable[tuple[EvidenceRow, Document, Array, Array]]
-) -> float:
-    """Fits what the words add to a reader's scores, then its probabilities, and sets both; the calibration error.
+def calibrate(model: Any, readings: Iterable[tuple[EvidenceRow, Document, Array, Array]]) -> float:
+    """Fits how a reader weighs the parts of its scores, then its probabilities, and sets both; the calibration error.
 
-    The weight of the words is the one of LEXICAL_WEIGHTS by which most best passages hit the evidence. The weights for
-    `LongspanForEvidence.passage_probability` are fitted on the three best passages of each held-out document. The error
-    is that of two halves, each predicted by the weights of the other.
+    The weights are those of SCORE_WEIGHTS by which most first passages and most first three hit the evidence. The
+    probabilities' (`LongspanForEvidence.passage_probability`) are fitted on the three best passages of each held-out
+    document. The error is that of two halves, each predicted by the weights of the other.
     """
-    model.config.lexical_weight = 0.0  # of what the readings say, which are computed as they are asked for
-    read = []
-    for row, document, windows, scores in readings:
-        question_ids = torch.from_numpy(tokenize_question(tokenizer, row.question))
-        token_ids, spans = torch.from_numpy(document.token_ids), token_spans(document.first_token, windows)
-        is_hit = interval_iou(windows, document.evidence).max(1) >= HIT_IOU
-        read.append((windows, scores, lexical_matches(question_ids, token_ids, spans).numpy(), is_hit))
+    read = [
+        (windows, parts, interval_iou(windows, document.evidence).max(1) >= HIT_IOU)
+        for _, document, windows, parts in readings
+    ]
 
-    def hits_at(weight: float) -> int:
-        return sum(bool(is_hit[(scores + weight * matches).argmax()]) for _, scores, matches, is_hit in read)
+    def hits_with(weights: tuple[float, ...]) -> int:
+        model.config.score_weights = list(weights)
+        found = (is_hit[select_disjoint(windows, model.weigh(parts), 3)] for windows, parts, is_hit in read)
+        return sum(int(best[0]) + int(best.any()) for best in found)
 
-    weight = model.config.lexical_weight = max(LEXICAL_WEIGHTS, key=hits_at)
+    model.config.score_weights = list(max(product(SCORE_WEIGHTS, repeat=2), key=hits_with))
     features, labels = [], []
-    for windows, scores, matches, is_hit in read:
-        scores = scores + weight * matches
+    for windows, parts, is_hit in read:
+        scores = model.weigh(parts)
         best = select_disjoint(windows, scores, 3)
         shares = scores - np.logaddexp.reduce(scores)
         features.append(np.stack((shares[best], scores[best]), 1))

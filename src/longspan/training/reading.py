@@ -83,12 +83,12 @@ def token_spans(first_token: Array, windows: Array) -> torch.Tensor:
 
 
 def score_document(model: Any, question_ids: Array, document: Document) -> tuple[Array, Array]:
-    """(candidate windows in words [M, 2], their scores [M])."""
+    """(candidate windows in words [M, 2], the parts of their scores [3, M], see `LongspanForEvidence.score_parts`)."""
     windows = candidate_windows(document.num_words, LENGTH, STRIDE)
-    scores = model.score_windows(
+    parts = model.score_parts(
         torch.from_numpy(question_ids), torch.from_numpy(document.token_ids), token_spans(document.first_token, windows)
     )
-    return windows, scores.numpy()
+    return windows, parts.numpy()
 
 
 def hits(passages: Array, evidence: Array) -> tuple[bool, bool]:
@@ -125,7 +125,7 @@ def read_held_out(
     conditions: Sequence[Condition] = ("as_is",),
     fillers: Array | None = None,
 ) -> Iterator[tuple[EvidenceRow, Document, Array, Array]]:
-    """(row, document, candidate windows [M, 2], their scores [M]) of every question under every condition."""
+    """(row, document, candidate windows [M, 2], parts of their scores [3, M]) of every question and condition."""
     was_training = model.training
     model.eval()
     for row in rows:
@@ -133,8 +133,8 @@ def read_held_out(
         for condition in conditions:
             document = document_of(articles, row, condition, fillers=fillers)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                windows, scores = score_document(model, question_ids, document)
-            yield row, document, windows, scores
+                windows, parts = score_document(model, question_ids, document)
+            yield row, document, windows, parts
     model.train(was_training)
 
 
