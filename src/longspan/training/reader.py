@@ -70,7 +70,7 @@ class ReaderTraining:
     batch: rows a step, of tokens_per_row tokens each, and later of up to twice as many. scorer_rate: multiple of
     learning_rate for the scorers.
     held_out: training questions kept for model selection and calibration, whole articles at a time; monitored of them
-    are read every evaluate_steps and the last `calibrated` of them fit the probabilities.
+    are read every evaluate_steps; the last `calibrated` of them weigh the parts of a score and fit the probabilities.
     trained_share: the result lies between the weights before training (0) and after it (1); less than 1 keeps more of
     what the base knows of other texts (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
     threads: None leaves torch's setting.
