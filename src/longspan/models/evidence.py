@@ -73,7 +73,7 @@ class SpanScorer(nn.Module):
 class LongspanForEvidence(LongspanPreTrainedModel):
     """A long encoder that scores passages of a document against a question.
 
-    config.calibration: see `passage_probability`; config.score_weights: see `score_windows`; config.weights_format:
+    config.calibration: see `passage_probability`; config.score_weights: see `weigh`; config.weights_format:
     "int8_rows" in a checkpoint of `save_compact`.
     """
 
@@ -360,11 +360,11 @@ def best_within(scores: Tensor, spans: Tensor) -> Tensor:
     step, final = STRETCH // 2, len(scores) - 1
     first = ((spans[:, 0] + step - 1) // step).clamp(max=final)
     last = torch.maximum(((spans[:, 1] - STRETCH) // step).clamp(max=final), first)
-    best = torch.empty(len(spans), device=scores.device)
-    for part in torch.arange(len(spans), device=scores.device).split(SPANS_AT_ONCE):
-        index = first[part, None] + torch.arange(int((last - first)[part].max()) + 1, device=scores.device)
-        best[part] = scores[index.minimum(last[part, None])].amax(1)
-    return best
+    best = []
+    for low, high in zip(first.split(SPANS_AT_ONCE), last.split(SPANS_AT_ONCE), strict=True):
+        index = low[:, None] + torch.arange(int((high - low).max()) + 1, device=scores.device)
+        best.append(scores[index.minimum(high[:, None])].amax(1))
+    return torch.cat(best)
 
 
 def lexical_matches(question_ids: Tensor, document_ids: Tensor, spans: Tensor) -> Tensor:
