@@ -236,7 +236,8 @@ def test_evaluate_prints_a_table_or_its_json(monkeypatch):
     import longspan.tasks.evidence
 
     row = {"system": "reader", "top1": 0.6, "top3": 0.84, "late_top1": None, "tokens_per_second": 8000}
-    table = {"condition": "as_is", "questions": 7, "rows": [row]}
+    left_out = dict.fromkeys(row) | {"system": "bm25 (left out: pip install longspan[evaluate])"}
+    table = {"condition": "as_is", "questions": 7, "rows": [row, left_out]}
     asked = []
     monkeypatch.setattr(
         longspan.tasks.evidence, "evaluate_reader", lambda data, **options: asked.append(options) or table
@@ -245,6 +246,7 @@ def test_evaluate_prints_a_table_or_its_json(monkeypatch):
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     assert "7 questions" in done.stdout and "0.840" in done.stdout and "8,000" in done.stdout
+    assert "longspan[evaluate]" in done.stdout  # not taken for markup
     assert json.loads(invoke(*arguments, "--json").stdout) == table
     assert asked[0] == asked[1]
     assert (asked[0]["condition"], asked[0]["split"], asked[0]["limit"]) == ("as_is", "dev", 7)

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -68,12 +69,15 @@ def test_a_limit_takes_the_same_sample_every_time(data, trained, articles, tmp_p
     assert first["questions"] == 2
 
 
-def test_a_missing_minilm_leaves_its_row_empty_and_says_why(data, trained, tmp_path):
-    options = {"model": trained, "limit": 1, "systems": ["first", "cosine"], "cache": tmp_path / "cache"}
-    table = evaluate_reader(data, **options, minilm=tmp_path / "nowhere")
-    (left_out, _) = table["rows"]
-    assert "cosine (left out: " in left_out["system"] and "nowhere" in left_out["system"]
-    assert left_out["top1"] is None and left_out["tokens_per_second"] is None
+def test_what_cannot_be_had_leaves_its_row_empty_and_says_why(data, trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    options = {"model": trained, "limit": 1, "systems": ["first", "cosine", "bm25"], "cache": tmp_path / "cache"}
+    cosine, bm25, first = evaluate_reader(data, **options, minilm=tmp_path / "nowhere")["rows"]
+    assert "cosine (left out: " in cosine["system"] and "nowhere" in cosine["system"]
+    assert "bm25 (left out: " in bm25["system"] and "pip install longspan[evaluate]" in bm25["system"]
+    for left_out in (cosine, bm25):
+        assert left_out["top1"] is None and left_out["tokens_per_second"] is None
+    assert first["top1"] is not None
 
 
 def test_unknown_conditions_and_systems_are_refused(data):

@@ -242,7 +242,7 @@ def _print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # a note may hold brackets
     if not console.is_terminal:
         console.width = 160
     machine = result["machine"]

@@ -217,7 +217,7 @@ def _print_table(table: dict[str, Any]) -> None:
         shown.add_column(name.replace("_", " "), justify="left" if name in ("system", "engine") else "right")
     for row in table["rows"]:
         shown.add_row(*(_cell(row[name]) for name in names))
-    console = Console()
+    console = Console(markup=False)  # a name or a note may hold brackets
     if not console.is_terminal:
         console.width = 120  # nobody's window sets a limit
     console.print(shown)

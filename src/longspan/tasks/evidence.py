@@ -57,7 +57,8 @@ def evaluate_reader(
     drawn per question from `seed`, before the article. model: directory of a reader, None for longspan's own.
     precision: what its encoder computes in, None for bf16 where the CPU has instructions for it, else fp32. limit: a
     sample drawn from `seed`.
-    minilm: directory or hub name of all-MiniLM-L6-v2; where it can't be had, its row holds no figures and says so.
+    minilm: directory or hub name of all-MiniLM-L6-v2. Where it, or bm25s, can't be had, the row holds no figures and
+    says so.
     cache: where the tokenized articles are kept, by default under ~/.cache/longspan. Raises ValueError for an unknown
     condition or system.
     """
@@ -93,7 +94,7 @@ def evaluate_reader(
     for name in sorted(systems, key=SYSTEMS.index):
         try:
             system = build(name)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             results.append(_row(f"{name} (left out: {reason})", [], [], [], None))
             continue
