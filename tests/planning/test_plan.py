@@ -168,6 +168,17 @@ def test_the_smallest_number_of_devices_fits_and_one_less_does_not():
     assert plan(sizes, tokens=64, devices=1, device_memory=1e5).smallest_devices is None  # less than the weights
 
 
+def test_sharded_weights_let_more_devices_hold_larger_models():
+    sizes = sizes_of(longnet(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8))
+    make = partial(plan, sizes, tokens=2**16, devices=16, device_memory=2**30, mode="checkpointing")
+    whole, sharded = make(), make(shard_weights=True)
+    assert whole.smallest_devices is None and sharded.smallest_devices is not None
+    assert sharded.memory.optimizer == whole.memory.optimizer / 16
+    assert whole.reduced_bytes < sharded.reduced_bytes < 1.5 * whole.reduced_bytes
+    assert plan(sizes, tokens=64, devices=1, shard_weights=True).reduced_bytes == 0
+    assert any("bf16 copies" in note for note in make(mode="training", shard_weights=True).notes)
+
+
 def test_checkpointing_computes_and_sends_again():
     sizes = sizes_of(longnet())
     once, again, reads = (
@@ -228,6 +239,7 @@ def test_a_directory_needs_its_configuration_only(tmp_path):
         ({"devices": 0}, "each device holds a token at least, .* got 0 devices for 64 tokens"),
         ({"devices": 65}, "got 65 devices for 64 tokens"),
         ({"global_tokens": 65}, "between 0 and the 64 tokens; got 65"),
+        ({"mode": "inference", "shard_weights": True}, "sharded in training only"),
         ({"mode": "train"}, "mode must be 'inference', 'training' or 'checkpointing'; got 'train'"),
         ({"precision": "int8"}, "precision must be 'fp32' or 'bf16'; got 'int8'"),
         ({"device_memory": 0.0}, "device_memory must be greater than 0; got 0.0"),

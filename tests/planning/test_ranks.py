@@ -9,6 +9,9 @@ import torch
 from tests.distributed.ranks import on_ranks
 from tests.planning.measures import kept_bytes, longformer, longnet, loss_of, peak_bytes, some_ids
 from tests.planning.test_attention import PATTERNS, D, H
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.attention import GlobalKeys, Pattern
 from longspan.distributed import SequenceShards, attend, shard
@@ -22,6 +25,9 @@ MODELS = {
     "LongNet, one segment for all": lambda: longnet(segment_lengths=(64, 8192), dilations=(1, 16)),
     "Longformer": lambda: longformer(windows=100, dilated_heads=0),
 }
+
+SHARDED_RUNS: tuple[Any, ...] = (("training", "fp32"), ("training", "bf16"), ("checkpointing", "bf16"))
+SHARDED_SIZE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,41 @@ def run_model(model: Any, group: Any) -> tuple[int, int, int, int, int]:
     return forward, backward, kept, training, reading
 
 
+def run_sharded(rank: int) -> list[tuple[int, int]]:
+    """Bytes that weights and gradients send in a step, and held at its peak beside weights, gradients and optimizer."""
+    found = []
+    for mode, precision in SHARDED_RUNS:
+        model = longnet(**SHARDED_SIZE)
+        shard(model, torch.distributed.group.WORLD)
+        if mode == "checkpointing":
+            model.gradient_checkpointing_enable()
+        for unit in (*model.model.decoder.blocks, model):
+            fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+
+        def step(model=model, narrow=precision == "bf16") -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                loss = loss_of(model, some_ids(128))
+            loss.backward()
+
+        with Sent() as sent:
+            step()  # makes the gradients
+        found.append((sent.bytes, min(peak_bytes(step) for _ in range(2))))  # more where the other rank is late
+    return found
+
+
+class Sent(TorchDispatchMode):
+    """Counts what one of two ranks sends where weights are gathered and gradients scattered."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "allgather_base" in str(func):
+            self.bytes += args[1].nbytes
+        if "reduce_scatter_base" in str(func):
+            self.bytes += args[1].nbytes // 2
+        return func(*args, **kwargs or {})
+
+
 def test_attention_sends_and_keeps_what_was_planned(measured):
     for number, (tokens, count) in enumerate(SHARDED):
         ranks = Ranks(tokens, count)
@@ -109,3 +150,12 @@ def test_models_send_keep_and_hold_what_was_planned(measured):
         assert sum(layer.most_backward_bytes for layer in found.layers) == backward, name
         planned = [found.memory.kept, found.memory.kept + found.memory.working, read.memory.working]
         assert planned == pytest.approx(memory, rel=0.1), name
+
+
+def test_sharded_weights_send_and_hold_what_was_planned(tmp_path):
+    measured = zip(SHARDED_RUNS, *on_ranks(2, tmp_path, run_sharded), strict=True)
+    for (mode, precision), *ranks in measured:
+        found = plan(longnet(**SHARDED_SIZE), tokens=256, devices=2, mode=mode, precision=precision, shard_weights=True)
+        sent, held = (min(figures) for figures in zip(*ranks, strict=True))
+        assert found.reduced_bytes == pytest.approx(sent, rel=0.01)  # which is padded to a number for each rank
+        assert found.memory.total == pytest.approx(held + 16 * found.parameters / 2, rel=0.1), (mode, precision)

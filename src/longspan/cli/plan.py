@@ -56,6 +56,9 @@ def plan(
         Mode, typer.Option(help="checkpointing: training that keeps each layer's input and computes the rest again.")
     ] = Mode.training,
     precision: Annotated[Precision, typer.Option(help="bf16 trains as torch's autocast does.")] = Precision.bf16,
+    shard_weights: Annotated[
+        bool, typer.Option("--shard-weights", help="Training of which each device keeps a share of the weights (FSDP).")
+    ] = False,
     vocab_size: Annotated[int, typer.Option(min=1, help="Of a recipe's model.")] = 256,
     global_tokens: Annotated[
         int, typer.Option(min=0, help="Of an encoder: so many at the beginning see and are seen by all.")
@@ -72,6 +75,7 @@ def plan(
     asked = {
         "tokens": whole(tokens, "--tokens"),
         "devices": whole(devices, "--devices"),
+        "shard_weights": shard_weights,
         "device_memory": device_memory and amount(device_memory, "--device-memory"),
         "operations_per_second": flops_per_second and amount(flops_per_second, "--flops-per-second", units=False),
         "bytes_per_second": bytes_per_second and amount(bytes_per_second, "--bytes-per-second"),
@@ -158,7 +162,8 @@ def _print(found: Plan) -> None:
     console.print(table)
     console.print(f"operations:  {_both(found.operations, found.most_operations)} on each device")
     console.print(f"bytes sent:  {_both(found.sent_bytes, found.most_sent_bytes, 'B')} by each device", end="")
-    console.print(f", and {_short(found.reduced_bytes, 'B')} to add up gradients" if learns else "")
+    what = "add up gradients" + " and gather weights" * found.shard_weights
+    console.print(f", and {_short(found.reduced_bytes, 'B')} to {what}" if learns else "")
     memory = found.memory
     parts = {"weights": memory.weights, "gradients": memory.gradients, "Adam": memory.optimizer}
     parts |= {"activations": memory.kept, "working": memory.working}

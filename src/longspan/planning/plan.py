@@ -1,8 +1,10 @@
 """The plan: what each of many devices computes, keeps and sends for one long sequence, and how many of them it takes.
 
 The sequence lies on the devices in contiguous equal shards, and attention is `longspan.distributed`'s. Every device
-keeps all weights. In bf16 a training computes as torch's autocast does: weights, their gradients, Adam's two moments
-and the residual stream stay in float32. What a formula leaves out is below a few percent, or said in `notes`.
+keeps all weights, or, as `longspan train lm --shard-weights` has it, a share of them, of their gradients and of Adam's
+moments (FSDP2): it then gathers a layer's weights while it computes with them. In bf16 a training computes as torch's
+autocast does: weights, their gradients, Adam's two moments and the residual stream stay in float32. What a formula
+leaves out is below a few percent, or said in `notes`.
 
 Shapes: n tokens of a device, C model width, F feed-forward width, V vocabulary.
 """
@@ -71,7 +73,8 @@ class Plan:
     """One pass over the sequence, or one training step of it, on each of `devices`. See `LayerPlan` for its figures.
 
     head_operations: of what stands before and after the layers, forward. operations: of the whole step.
-    sent_bytes: of the whole step without reduced_bytes, which add up the gradients of weights (a ring).
+    sent_bytes: of the whole step without reduced_bytes, which add up the gradients of weights and gather weights that
+    are sharded (rings).
     fits, smallest_devices: for the memory that was asked for. One device less than smallest_devices does not fit; much
     fewer may, where their edges cut no segments. None where no number fits.
     computing_seconds, sending_seconds: of the busiest device at the rates that were asked for; a step takes between
@@ -81,6 +84,7 @@ class Plan:
     model: str
     mode: Mode
     precision: Precision
+    shard_weights: bool
     tokens: int
     devices: int
     tokens_per_device: int
@@ -115,6 +119,7 @@ def plan(
     device_memory: float | None = None,
     mode: Mode = "training",
     precision: Precision = "bf16",
+    shard_weights: bool = False,
     global_tokens: int = 0,
     operations_per_second: float | None = None,
     bytes_per_second: float | None = None,
@@ -123,12 +128,13 @@ def plan(
 
     device_memory: bytes of one device; the plan then says whether it fits, and the smallest number of devices
     that does. mode: "inference", "training", or "checkpointing", training that keeps the inputs of layers and computes
-    the rest again. global_tokens: of an encoder, at the beginning. Rates are of one device; bytes_per_second each way.
+    the rest again. shard_weights: in training, each device keeps its share of weights, gradients and optimizer.
+    global_tokens: of an encoder, at the beginning. Rates are of one device; bytes_per_second each way.
     Raises what `sizes_of` raises, ValueError for numbers that make no sense, NotImplementedError for patterns that
     have no closed form.
     """
     sizes = model if isinstance(model, ModelSizes) else sizes_of(model)
-    _check(sizes, tokens, devices, global_tokens, mode, precision)
+    _check(sizes, tokens, devices, global_tokens, mode, precision, shard_weights)
     for name, value in (
         ("device_memory", device_memory),
         ("operations_per_second", operations_per_second),
@@ -136,7 +142,7 @@ def plan(
     ):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be greater than 0; got {value}")
-    step = _Step(sizes, tokens, mode, precision, global_tokens)
+    step = _Step(sizes, tokens, mode, precision, shard_weights, global_tokens)
     found = step.on(devices, SHOWN_RANKS)
     if device_memory is not None:
 
@@ -157,7 +163,9 @@ def plan(
     return found
 
 
-def _check(sizes: ModelSizes, tokens: int, devices: int, global_tokens: int, mode: str, precision: str) -> None:
+def _check(
+    sizes: ModelSizes, tokens: int, devices: int, global_tokens: int, mode: str, precision: str, shard_weights: bool
+) -> None:
     if not 1 <= tokens <= MOST_TOKENS:
         raise ValueError(f"a plan is for 1 to {MOST_TOKENS:,} tokens; got {tokens:,}")
     if not 1 <= devices <= tokens or devices > MOST_DEVICES:
@@ -171,6 +179,8 @@ def _check(sizes: ModelSizes, tokens: int, devices: int, global_tokens: int, mod
         raise ValueError(f"mode must be 'inference', 'training' or 'checkpointing'; got {mode!r}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be 'fp32' or 'bf16'; got {precision!r}")
+    if shard_weights and mode == "inference":
+        raise ValueError("weights are sharded in training only; leave out shard_weights, or plan a training")
 
 
 def _smallest(fits: Callable[[int], bool], most: int) -> int | None:
@@ -198,6 +208,7 @@ class _Step:
     tokens: int
     mode: Mode
     precision: Precision
+    shard_weights: bool
     global_tokens: int
 
     @property
@@ -235,11 +246,12 @@ class _Step:
             for shares, held in zip(devices_shares, tokens, strict=True)
         ]
         sent = [sum(share.sent + share.returned for share in shares) for shares in devices_shares]
-        memories = [self._memory(shares, held) for shares, held in zip(devices_shares, tokens, strict=True)]
+        memories = [self._memory(shares, held, devices) for shares, held in zip(devices_shares, tokens, strict=True)]
         return Plan(
             model=sizes.name,
             mode=self.mode,
             precision=self.precision,
+            shard_weights=self.shard_weights,
             tokens=self.tokens,
             devices=devices,
             tokens_per_device=max(tokens),
@@ -254,10 +266,17 @@ class _Step:
             most_operations=max(operations),
             sent_bytes=_mean(sent),
             most_sent_bytes=max(sent),
-            reduced_bytes=2 * (devices - 1) / devices * 4 * sizes.parameters if self.learns else 0.0,
+            reduced_bytes=self._reduced(devices),
             memory=max(memories, key=lambda memory: memory.total),
             notes=self._notes(devices, len(here)),
         )
+
+    def _reduced(self, devices: int) -> float:
+        """A ring adds up gradients in two rounds, and gathers or scatters in one."""
+        sizes = self.sizes
+        # Sharded: layers are gathered forward and backward, all else once, and gradients are scattered.
+        rounds = 2 * sizes.parameters + self.shard_weights * sum(layer.parameters for layer in sizes.layers)
+        return 4 * rounds * (devices - 1) / devices if self.learns else 0.0
 
     def _share(self, layer: LayerSizes, load: Load, tokens: int) -> _Share:
         attention = 4.0 * layer.head_width * load.pairs  # of queries and keys, and of probabilities and values
@@ -313,7 +332,7 @@ class _Step:
         feed_forward = held + width + 2 * layer.ffn_width + layer.tail
         return max(*moments, feed_forward) * size * tokens
 
-    def _memory(self, shares: tuple[_Share, ...], tokens: int) -> Memory:
+    def _memory(self, shares: tuple[_Share, ...], tokens: int, devices: int) -> Memory:
         sizes = self.sizes
         weights = sizes.parameters * self.stream
         shared = tokens * (sizes.position_bytes + 16.0)  # token ids and labels
@@ -325,8 +344,17 @@ class _Step:
             worst = shared + max(layer, last)
             return Memory(weights=weights, gradients=0, optimizer=0, kept=0, working=worst)
         around = tokens * (sizes.kept * self.size + sizes.kept_stream * self.stream + 8 * sizes.norms)
-        if self.precision == "bf16":
-            weights += 2 * sizes.matrices  # autocast's copies
+        share = devices if self.shard_weights else 1
+        copies = 2 * sizes.matrices * (self.precision == "bf16")  # autocast's, which the backward pass needs
+        gathered = 0.0
+        if self.shard_weights:
+            weights /= share
+            copies *= self.mode != "checkpointing"  # computed again with a layer's weights
+            # A layer's weights and their gradients, the weights of the next one and the gradients on their way of the
+            # one before; of all else weights and gradients, from first to last.
+            largest = 4.0 * max(part.parameters for part in sizes.layers)
+            others = 4.0 * (sizes.parameters - sum(part.parameters for part in sizes.layers))
+            gathered = 2 * others + max(4 * largest, others)
         if self.mode == "checkpointing":
             held = tokens * sizes.width * self.stream * len(shares)
             twice = sizes.layers[0].norms_first or self.precision == "fp32"  # a layer's input is also what it keeps
@@ -339,11 +367,11 @@ class _Step:
         kept = held + around + shared + logits  # the loss keeps probabilities
         worst = max(2 * logits, layers + shared - kept)  # gradients of probabilities and of logits; or of a layer
         return Memory(
-            weights=weights,
-            gradients=4.0 * sizes.parameters,
-            optimizer=8.0 * sizes.parameters,
+            weights=weights + copies,
+            gradients=4.0 * sizes.parameters / share,
+            optimizer=8.0 * sizes.parameters / share,
             kept=kept,
-            working=worst,
+            working=worst + gathered,
         )
 
     def _notes(self, devices: int, looked_at: int) -> tuple[str, ...]:
@@ -358,6 +386,11 @@ class _Step:
             notes.append(
                 "windows with a dilation are computed also for the keys that other devices send, which takes somewhat "
                 "more operations and memory than this"
+            )
+        if self.shard_weights and self.precision == "bf16" and self.mode == "training":
+            notes.append(
+                "the backward pass needs autocast's bf16 copies of all matrices, which are not sharded: mode "
+                "'checkpointing' does without them"
             )
         if devices > looked_at:
             notes.append(f"the most and the mean are of {looked_at} devices at even distances")
