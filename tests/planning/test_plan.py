@@ -23,7 +23,7 @@ from longspan import (
 from longspan.attention import DilatedSegments, Pattern, attend
 from longspan.attention.backends.tiled import attend_tiled_backward
 from longspan.attention.patterns import pattern_to_parts
-from longspan.models import sequence
+from longspan.models import sequence, trained_linear
 from longspan.models.checkpoints import translate_config
 from longspan.planning import plan, sizes_of
 from longspan.planning.attention import Heads, Ranks, load_of
@@ -53,7 +53,8 @@ MODELS = {
 
 @pytest.fixture
 def written_out(monkeypatch):
-    """Attention in products that torch's counter sees. It computes every pair, so it is compared where all are seen."""
+    """Products that torch's counter sees. Attention computes every pair, so it is compared where all are seen."""
+    monkeypatch.setattr(trained_linear, "one_dnn_is_faster", lambda: False)
     monkeypatch.setattr(
         sequence, "attend", lambda *rows, **options: attend(*rows, **options | {"backend": "reference"})
     )

@@ -23,6 +23,7 @@ from longspan.attention.positions import turn as turn_pairs
 from longspan.models.decoder_cache import DecoderCache, attend_cached
 from longspan.models.encoder import activation
 from longspan.models.sequence import Place, WholeSequence
+from longspan.models.trained_linear import TrainedLinear
 
 Positions = Literal["xpos", "rotary", "relative", "bucketed", "none"]
 
@@ -137,12 +138,12 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = TrainedLinear(config.width, 3 * config.width)
         self.relative = None
         if config.positions == "relative":
             self.relative = RelativeSinusoids(config.heads, config.head_width, config.relative_width)
         self.inner_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
-        self.out = nn.Linear(config.width, config.width)
+        self.out = TrainedLinear(config.width, config.width)
 
     def forward(self, x: Tensor, pattern: Pattern, now: Pass) -> Tensor:
         shape = (*x.shape[:2], 3, self.config.heads, -1)
@@ -177,9 +178,9 @@ class Block(nn.Module):
         self.config = config
         self.attention = Attention(config, layer)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.ffn_in = nn.Linear(config.width, config.ffn_width)
+        self.ffn_in = TrainedLinear(config.width, config.ffn_width)
         self.inner_norm = nn.LayerNorm(config.ffn_width, eps=config.norm_eps) if config.subln else nn.Identity()
-        self.ffn_out = nn.Linear(config.ffn_width, config.width)
+        self.ffn_out = TrainedLinear(config.ffn_width, config.width)
         self.ffn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.drop, self.inner_drop = nn.Dropout(config.dropout), nn.Dropout(config.ffn_inner_dropout)
         self.activation = activation(config.activation)

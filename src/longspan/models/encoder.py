@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.attention import Full, GlobalKeys, Pattern, pattern_from_dict
 from longspan.models.sequence import Place, WholeSequence
+from longspan.models.trained_linear import TrainedLinear, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -169,11 +170,11 @@ class Attention(nn.Module):
         super().__init__()
         self.block, self.dropout = block, config.attention_dropout
         inner = block.heads * block.head_width
-        self.qkv = nn.Linear(config.width, 3 * inner, bias=config.attention_bias)
+        self.qkv = TrainedLinear(config.width, 3 * inner, bias=config.attention_bias)
         self.qkv_global = (
-            nn.Linear(config.width, 3 * inner, bias=config.attention_bias) if block.global_projections else None
+            TrainedLinear(config.width, 3 * inner, bias=config.attention_bias) if block.global_projections else None
         )
-        self.out = nn.Linear(inner, config.width, bias=config.attention_bias)
+        self.out = TrainedLinear(inner, config.width, bias=config.attention_bias)
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[B, N, parts*H*D] -> `parts` views [B, H, N, D]."""
@@ -208,8 +209,8 @@ class Attention(nn.Module):
             inner = self.out.in_features
             weight, bias = self.qkv_global.weight, self.qkv_global.bias
             x_global = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))  # [B, G, C]
-            (q,) = self.split(F.linear(x_global, weight[:inner], None if bias is None else bias[:inner]))
-            k, v = self.split(F.linear(x, weight[inner:], None if bias is None else bias[inner:]))
+            (q,) = self.split(linear(x_global, weight[:inner], None if bias is None else bias[:inner]))
+            k, v = self.split(linear(x, weight[inner:], None if bias is None else bias[inner:]))
             if rotary is not None:
                 k = rotary.turn(k)
                 q = rotary.take(rows).turn(q)
@@ -225,8 +226,8 @@ class Block(nn.Module):
         self.config, self.block = config, block
         self.attention = Attention(config, block)
         self.attention_norm = _norm(config) if config.norm == "post" or block.attention_norm else nn.Identity()
-        self.ffn_in = nn.Linear(config.width, block.ffn_width * (2 if config.gated else 1), bias=config.ffn_bias)
-        self.ffn_out = nn.Linear(block.ffn_width, config.width, bias=config.ffn_bias)
+        self.ffn_in = TrainedLinear(config.width, block.ffn_width * (2 if config.gated else 1), bias=config.ffn_bias)
+        self.ffn_out = TrainedLinear(block.ffn_width, config.width, bias=config.ffn_bias)
         self.ffn_norm = _norm(config)
         after_attention = config.dropout if config.attention_out_dropout is None else config.attention_out_dropout
         self.attention_drop, self.ffn_drop = nn.Dropout(after_attention), nn.Dropout(config.dropout)

@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from longspan.models.config import LongspanConfig
 from longspan.models.model import Head, LongspanModel, LongspanPreTrainedModel
 from longspan.models.sequence import WholeSequence
+from longspan.models.trained_linear import TrainedLinear
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +46,7 @@ class _TaskModel(LongspanPreTrainedModel):
             raise ValueError(f"the {self.task} head reads the base model's pooler, and this config has pooler=False")
         self.longspan = LongspanModel(config, add_pooling_layer=self.described.pooling == "pooler")
         self.head = Head(self.described, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, outputs or 0, bias=self.described.output_bias)
+        self.classifier = TrainedLinear(config.hidden_size, outputs or 0, bias=self.described.output_bias)
         self.post_init()
 
     @can_return_tuple

@@ -23,6 +23,7 @@ from longspan.attention.positions import DistanceBuckets, RelativeSinusoids
 from longspan.models.decoder import Block, Decoder, DecoderConfig
 from longspan.models.decoder_cache import DecoderCache
 from longspan.models.sequence import WholeSequence
+from longspan.models.trained_linear import TrainedLinear
 
 
 class StackConfig(PreTrainedConfig):
@@ -296,7 +297,7 @@ class StackForCausalLM(StackPreTrainedModel, GenerationMixin):
         if not config.is_causal:
             raise ValueError(f"{type(self).__name__} predicts what follows, so its configuration must be causal")
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = TrainedLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -33,6 +33,7 @@ from longspan.models.config import HeadConfig, LongspanConfig
 from longspan.models.embeddings import Embeddings
 from longspan.models.encoder import Encoder, activation
 from longspan.models.packed import PackedEncoder, Precision
+from longspan.models.trained_linear import TrainedLinear
 
 # Whose weights a model of ours starts from, by the task of its head.
 AUTO_CLASSES: dict[str | None, Any] = {
@@ -121,7 +122,7 @@ class Head(nn.Module):
         super().__init__()
         self.input_drop, self.drop = nn.Dropout(config.input_dropout), nn.Dropout(config.dropout)
         name, eps = config.activation, config.norm_eps
-        self.dense = nn.Identity() if name is None else nn.Linear(width, width, bias=config.dense_bias)
+        self.dense = nn.Identity() if name is None else TrainedLinear(width, width, bias=config.dense_bias)
         self.activation = nn.Identity() if name is None else activation(name)
         self.norm = nn.Identity()
         if name is not None and eps is not None:
