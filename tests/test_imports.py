@@ -55,3 +55,9 @@ def test_backend_imports_neither_attend_nor_the_reference(file: Path):
 def test_patterns_know_no_backend():
     modules = imported_modules(SOURCE / "attention" / "patterns.py")
     assert not any(module.startswith("longspan") for module in modules)
+
+
+def test_drop_in_modules_do_without_the_models():
+    for module in imported_modules(SOURCE / "nn.py"):
+        ours = module.startswith("longspan.attention")
+        assert ours or module.split(".")[0] in {"torch", *sys.stdlib_module_names}, module

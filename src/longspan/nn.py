@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from longspan.attention import DilatedSegments, attend
 from longspan.attention.positions import DistanceBuckets, Rotary, turn
-from longspan.models.trained_linear import TrainedLinear
 
 __all__ = ["DilatedAttention"]
 
@@ -64,7 +63,7 @@ class DilatedAttention(nn.Module):
             raise ValueError("compatible='torchscale' has grouped offsets and no relative bias, as the released code")
         self.pattern = DilatedSegments.mixture(segment_size, dilation_rate, num_heads, causal, offsets)
         self.dropout, self.compatible = dropout, compatible
-        self.qkv, self.out = TrainedLinear(d_model, 3 * d_model), TrainedLinear(d_model, d_model)
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         self.rotary = None
         if use_xpos:
             self.rotary = Rotary(d_model // num_heads, decay_base=xpos_scale_base if causal or compatible else None)
