@@ -69,6 +69,17 @@ def test_torch_computes_what_one_dnn_does_not(by_one_dnn):
     assert not by_one_dnn
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_graphs_hold_torchs_own_product(by_one_dnn):
+    layer, x = TrainedLinear(24, 40).eval(), torch.randn(300, 24)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    exported = torch.export.export(layer, (x,)).module()
+    for graph in (traced, compiled, exported):
+        assert torch.equal(graph(x), F.linear(x, layer.weight, layer.bias))
+    assert not by_one_dnn
+
+
 def test_it_is_a_linear_layer_with_the_same_weights():
     ours, theirs = TrainedLinear(8, 4), nn.Linear(8, 4)
     ours.load_state_dict(theirs.state_dict())

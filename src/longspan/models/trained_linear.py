@@ -34,6 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and x.numel() * len(weight) >= LEAST_WORK
         and one_dnn_is_faster()
     ):
