@@ -10,6 +10,7 @@ from longspan.bench.cases import (
     memory_cases,
     reached,
 )
+from longspan.bench.corpora import PLAIN, POOL, RAY, WORKERS, CorpusCase, system_name
 from longspan.bench.measure import Row, compare
 from longspan.bench.scaling import DENSE, LAYERS, OURS, case_name
 
@@ -28,12 +29,13 @@ CASES = {
         *character_cases(precisions=("fp32", "bf16"), quick=False),
     ],
     "bench-dense": lambda: dense_cases(batches=(), tokens=(), quick=False),
+    "bench-corpus": lambda: [],
 }
 
 
 def rows_of(topic):
     """Every row as if measured: others take 24 ms, ours 2, 3, ... and memory is 100 MiB per 65,536 tokens."""
-    rows = layer_rows() if topic == "bench-scaling" else []
+    rows = {"bench-scaling": layer_rows, "bench-corpus": corpus_rows}.get(topic, list)()
     for case in CASES[topic]():
         some = []
         for number, system in enumerate(case.systems()):
@@ -76,6 +78,23 @@ def layer_rows():
     ]
 
 
+def corpus_rows():
+    """A second worker gains 1.5 times the work, a second process 1.6 times."""
+    return [
+        Row(
+            case=CorpusCase().name,
+            shape={"workers": workers},
+            system=system_name(engine, workers),
+            precision="bf16",
+            threads=1,
+            ours=engine != PLAIN,
+            median_ms=24 / (1 if workers == 1 else 1.6 if engine == PLAIN else 1.5),
+        )
+        for engine in (PLAIN, POOL, RAY)
+        for workers in WORKERS
+    ]
+
+
 @pytest.mark.parametrize("topic", GOALS)
 def test_every_goal_finds_its_rows(topic):
     assert [goal["what"] for goal in reached(topic, rows_of(topic))] == [goal.what for goal in GOALS[topic]]
@@ -99,6 +118,11 @@ def test_ragged_time_is_judged_by_the_share_of_tokens():
     ragged = next(row for row in rows if "longspan, padding computed int8" in row.speedup)
     share = ragged.shape["real_tokens"] / (8 * 4096)
     assert goal["measured"] == pytest.approx(2 / 24 / share, rel=1e-3)
+
+
+def test_what_a_worker_gains_is_judged_by_what_a_process_gains():
+    (goal, _) = reached("bench-corpus", corpus_rows())
+    assert (goal["measured"], goal["met"]) == (1.5 / 1.6, True)
 
 
 def test_what_was_not_measured_is_no_goal():

@@ -109,6 +109,14 @@ def test_engines_that_are_missing_are_named(monkeypatch, tmp_path):
     assert "pip install openvino" in done.stdout and "missing" in done.stdout
 
 
+def test_two_workers_are_compared_with_one_and_with_plain_processes(monkeypatch):
+    monkeypatch.setattr(peers, "missing", lambda *modules, pip: f"pip install {pip}")
+    rows = check(json.loads(bench("corpus", "--quick", "--json").stdout), "bench-corpus")
+    assert rows["64 documents of 200 characters", "Ray, 1 worker", "bf16"]["note"] == "pip install 'longspan[ray]'"
+    one = rows["64 documents of 200 characters", "worker pool, 1 worker", "bf16"]
+    assert one["status"] == "ok" and one["speedup"]["plain processes, 1 worker bf16"] > 0
+
+
 def test_a_mistake_is_told_in_one_line():
     done = CliRunner().invoke(app, ["bench", "encoder", "--tokens", "9000"])
     assert done.exit_code == 2

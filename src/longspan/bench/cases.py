@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from longspan.bench.attention import AttentionCase, DilatedCase, MemoryCase
 from longspan.bench.character import BANDED, LOCAL, CharacterCase
+from longspan.bench.corpora import POOL, RAY, share_of_cores
 from longspan.bench.encoders import (
     DENSE,
     PRECISIONS,
@@ -292,6 +294,15 @@ GOALS: dict[str, tuple[Goal, ...]] = {
             for precision in ("fp32", "bf16")
             for other in (LOCAL, BANDED)
         ),
+    ),
+    "bench-corpus": tuple(
+        Goal(
+            f"{engine}: gain by a second worker, share of what the cores allow",
+            0.9,
+            partial(share_of_cores, engine=engine),
+            "",
+        )
+        for engine in (POOL, RAY)
     ),
     "bench-dense": (
         Goal("512 tokens, our best over the best peer", 2, _over_best_peer("batch 1, 512 tokens")),

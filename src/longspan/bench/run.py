@@ -8,6 +8,7 @@ from typing import Any
 
 from longspan.bench import results
 from longspan.bench.cases import reached
+from longspan.bench.corpora import CorpusCase, measure_corpus
 from longspan.bench.measure import Case, Row, measure, measure_memory
 from longspan.bench.scaling import Layer, measure_layers
 
@@ -84,6 +85,15 @@ def run_scaling(
         rows += known or measure(case, seconds=seconds, rounds=1 if quick else 3, tell=partial(tell, number, total))
         save(document(rows))
     return document(rows)
+
+
+def run_corpora(
+    command: str, case: CorpusCase, *, rounds: int, quick: bool, tell: Tell = lambda done, total, step: None
+) -> dict[str, Any]:
+    """The result of `longspan bench corpus`."""
+    topic = "bench-corpus-quick" if quick else "bench-corpus"
+    rows = measure_corpus(case, rounds=rounds, tell=tell)
+    return results.document(topic, command, [row.to_dict() for row in rows], reached(topic, rows))
 
 
 def _rows_of(earlier: dict[str, Any] | None, topic: str) -> list[Row]:

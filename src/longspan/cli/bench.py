@@ -166,15 +166,41 @@ def scaling(
         typer.echo(f"wrote {picture}", err=True)
 
 
+@app.command()
+def corpus(
+    context: typer.Context,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each engine takes its turn.")] = 3,
+    quick: Quick = False,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Documents read by one worker and by two, on the worker pool and on Ray, against plain processes."""
+    from longspan.bench.corpora import CorpusCase
+    from longspan.bench.run import run_corpora
+
+    quiet_transformers()
+    case = CorpusCase(chunks=4, chars=200) if quick else CorpusCase()
+    result = _with_progress(
+        lambda tell: run_corpora(_typed(context), case, rounds=1 if quick else rounds, quick=quick, tell=tell)
+    )
+    _finish(context, result)
+
+
 def _run(context: typer.Context, name: str, cases: Sequence[Case], **options: Any) -> None:
     """What the benchmarks of cases have in common; the options that they share are read from the context."""
-    from longspan.bench import results
     from longspan.bench.run import run
 
     _prepare(context)
     asked = context.params
     options |= {"quick": asked["quick"], "seconds": 0 if asked["quick"] else asked["seconds"]}
     result = _with_progress(lambda tell: run(f"bench-{name}", _typed(context), cases, tell=tell, **options))
+    _finish(context, result)
+
+
+def _finish(context: typer.Context, result: dict[str, Any]) -> None:
+    from longspan.bench import results
+
+    asked = context.params
     path = asked["out"] or (None if asked["as_json"] else results.default_path(result))
     _show(result, path, as_json=asked["as_json"])
 
