@@ -22,21 +22,27 @@ struct Scale {
   static float larger_of(float a, float b) { return a > b ? a : b; }
 };
 
+// The rows of a block; null: hidden, or beyond the last of them.
+template <class Element, int64_t ROWS>
+ALWAYS_INLINE void find_rows(const Tokens& tokens, int64_t begin, int64_t count, const void* base, int64_t stride,
+                             const Element* (&rows)[ROWS]) {
+  if (tokens.is_plain() && count == ROWS) {
+    const Element* from = static_cast<const Element*>(base) + tokens.row(begin) * stride;
+    for (int64_t r = 0; r < ROWS; ++r) rows[r] = from + r * (tokens.step * stride);
+    return;
+  }
+  for (int64_t r = 0; r < ROWS; ++r) {
+    const int64_t row = r < count ? tokens.row(begin + r) : 0;
+    rows[r] = r < count && tokens.is_shown(row) ? static_cast<const Element*>(base) + row * stride : nullptr;
+  }
+}
+
 template <class Tiles>
 ALWAYS_INLINE void load_block(const Tokens& tokens, int64_t begin, int64_t count, const void* base, int64_t stride,
                               int64_t width, bool negative, typename Tiles::Packed* block) {
-  using Element = typename Tiles::Element;
   const int64_t padded = round_up(width, Tiles::WIDTH_STEP);
-  const Element* rows[Tiles::ROWS];
-  if (tokens.is_plain() && count == Tiles::ROWS) {
-    const Element* from = static_cast<const Element*>(base) + tokens.row(begin) * stride;
-    for (int64_t r = 0; r < Tiles::ROWS; ++r) rows[r] = from + r * (tokens.step * stride);
-  } else {
-    for (int64_t r = 0; r < Tiles::ROWS; ++r) {
-      const int64_t row = r < count ? tokens.row(begin + r) : 0;
-      rows[r] = r < count && tokens.is_shown(row) ? static_cast<const Element*>(base) + row * stride : nullptr;
-    }
-  }
+  const typename Tiles::Element* rows[Tiles::ROWS];
+  find_rows(tokens, begin, count, base, stride, rows);
   Tiles::pack_block(rows, width, padded, block);
   if (negative) {
     for (int64_t i = 0; i < Tiles::ROWS * padded; ++i) flip_sign(block[i]);
@@ -89,8 +95,6 @@ NO_INLINE void add_rows(const Tokens& tokens, int64_t begin, int64_t count, bool
     blend_row(base, dtype, row * stride, accumulate ? 1 : 0, sums + r * padded, shown ? factor : 0, width);
   }
 }
-
-ALWAYS_INLINE int64_t limited(int64_t reach) { return smaller(reach, UNLIMITED); }
 
 // One grid of the queries of a lane; `on_grid` false: their positions are those of their rows.
 ALWAYS_INLINE Tokens queries_of(const longspan_attention& call, const longspan_lane& lane, int64_t residue,

@@ -70,7 +70,7 @@ class Forward {
   using Tiles = TilesOfType;
   using Packed = typename Tiles::Packed;
   static constexpr int64_t SOURCES = 2;
-  static constexpr bool SUMS_BIAS = false;
+  static constexpr bool SUMS_BIAS = false, TAKES_GRIDS = false;
   // Scores and weights of 16 rows x 304 columns fit in the first-level cache, and a window of 256 keys with 32 more is
   // one tile. Blocks of 32 rows fit in no useful number, and do best where all of a window of 512 keys is one tile.
   static constexpr int64_t TILE_PANELS = (Tiles::ROWS == 32 ? 544 : 304) / Tiles::PANEL;

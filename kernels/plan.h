@@ -11,12 +11,15 @@ struct Pass {
   const longspan_attention& call;
   int64_t rows_per_task = 1024;
   int64_t most_columns[VIEWS] = {};  // of any lane
+  int64_t most_reach = 0;            // before and after a row of the band, of any lane
 
   template <class Tiles>
   int64_t slots() const {
     return divide_up(rows_per_task, Tiles::ROWS);
   }
 };
+
+ALWAYS_INLINE int64_t limited(int64_t reach) { return smaller(reach, UNLIMITED); }
 
 ALWAYS_INLINE int64_t tokens_of_residue(int64_t tokens, int64_t residue, int64_t dilation) {
   return residue < tokens ? divide_up(tokens - residue, dilation) : 0;
@@ -33,8 +36,8 @@ ALWAYS_INLINE int64_t choose_rows_per_task(int64_t all_rows, int64_t threads) {
 
 // Worker has, as static members, rows(lane) and dilation(lane), which takes the rows apart into grids, and
 // columns(lane, view), the most that a row may meet. Each thread makes a Worker(arena, pass) of its own, for whose
-// run(lane, residue, begin, end) the rows `begin` to `end` of one grid are a task. Where SUMS_BIAS, each task is also given
-// where to sum up the gradient of the bias, null if nobody wants it.
+// run(lane, residue, begin, end) the rows `begin` to `end` of one grid are a task; all of them where TAKES_GRIDS. Where
+// SUMS_BIAS, each task is also given where to sum up the gradient of the bias, null if nobody wants it.
 template <class Worker>
 int run_pass(const longspan_attention& call, const longspan_lane* lanes, int64_t num_lanes) {
   const int64_t threads = omp_get_max_threads();
@@ -45,13 +48,15 @@ int run_pass(const longspan_attention& call, const longspan_lane* lanes, int64_t
     for (int64_t v = 0; v < VIEWS; ++v) {
       pass.most_columns[v] = larger(pass.most_columns[v], Worker::columns(lanes[i], v));
     }
+    pass.most_reach = larger(pass.most_reach, limited(lanes[i].before) + limited(lanes[i].after));
   }
   pass.rows_per_task = choose_rows_per_task(all_rows, threads);
+  const int64_t rows_of_task = Worker::TAKES_GRIDS ? UNLIMITED : pass.rows_per_task;
   int64_t tasks_per_lane = 0;  // of the lane with most; others leave some empty
   const auto num_grids = [](const longspan_lane& lane) { return smaller(Worker::dilation(lane), Worker::rows(lane)); };
   for (int64_t i = 0; i < num_lanes; ++i) {
     const int64_t in_grid = divide_up(Worker::rows(lanes[i]), Worker::dilation(lanes[i]));
-    tasks_per_lane = larger(tasks_per_lane, num_grids(lanes[i]) * divide_up(in_grid, pass.rows_per_task));
+    tasks_per_lane = larger(tasks_per_lane, num_grids(lanes[i]) * divide_up(in_grid, rows_of_task));
   }
   const int64_t num_tasks = num_lanes * tasks_per_lane;
   if (num_tasks == 0) return LONGSPAN_OK;
@@ -74,10 +79,10 @@ int run_pass(const longspan_attention& call, const longspan_lane* lanes, int64_t
         const longspan_lane& lane = lanes[task % num_lanes];
         const int64_t grids = num_grids(lane), within = task / num_lanes;
         if (grids == 0) continue;
-        const int64_t residue = within % grids, begin = within / grids * pass.rows_per_task;
+        const int64_t residue = within % grids, begin = within / grids * rows_of_task;
         const int64_t rows = tokens_of_residue(Worker::rows(lane), residue, Worker::dilation(lane));
         if (begin >= rows) continue;
-        const int64_t end = smaller(rows, begin + pass.rows_per_task);
+        const int64_t end = smaller(rows, begin + rows_of_task);
         if constexpr (Worker::SUMS_BIAS) worker.run(lane, residue, begin, end, sums.of_task(task));
         if constexpr (!Worker::SUMS_BIAS) worker.run(lane, residue, begin, end);
       }

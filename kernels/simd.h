@@ -206,6 +206,17 @@ ALWAYS_INLINE void store_pair(bfloat16* to, Vector first, Vector second) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// first[0] second[0] first[1] second[1] ..: words of two rows.
+ALWAYS_INLINE void store_interleaved(bfloat16* to, Vector first, Vector second) {
+  typedef uint16_t Pairs __attribute__((vector_size(LANES * 4)));
+  const Pairs both = (Pairs)_mm512_cvtne2ps_pbh(second, first);
+  const Pairs words = __builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                              9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  memcpy(to, &words, sizeof words);
+}
+#endif
+
 // The first `count` numbers, less than a vector of them, and zeros.
 template <class T>
 ALWAYS_INLINE Vector load_part(const T* from, int64_t count) {

@@ -9,8 +9,9 @@
 
 namespace longspan::LONGSPAN_SET {
 
-template <class Tiles, int64_t CAPACITY>
+template <class Tiles, int64_t MOST_PANELS>
 struct Tile {
+  static constexpr int64_t CAPACITY = MOST_PANELS;
   static constexpr int64_t STRIDE = CAPACITY * Tiles::PANEL;  // of scores and weights, in numbers
 
   int64_t count = 0;

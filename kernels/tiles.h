@@ -29,10 +29,15 @@
 //       out[row][x] = alpha[row] * out[row][x] + sum_p sum_j weights[row][p * PANEL + j] * panels[p] row j [x]
 //       (panels packed by pack_straight; out[ROWS][padded] is float; alpha null: 1;
 //       weights[ROWS][weights_stride] row-major as `scores` writes them, converted to Packed)
+//   static constexpr bool SCATTERS;  // whether there is
+//   static void scatter(const Packed* weights, int64_t weights_stride, const Packed* panel, int64_t padded,
+//                       float* const* outs, int64_t count);
+//       outs[p][j][x] += sum_r weights[r][p * PANEL + j] * panel row r [x]               (panel packed by pack_straight,
+//       outs[p][PANEL][padded]; weights as words[ROWS / PER_WORD][weights_stride], see below; ROWS is PANEL)
 //
 // Words. The vector structs below know only 32-bit words: one float, or two adjacent bf16 numbers of a row, so that one
 // source serves both. A transposed panel is words[padded / PER_WORD][PANEL], a straight one words[PANEL / PER_WORD][padded],
-// where a bf16 word of a straight panel pairs the same column of two rows.
+// where a bf16 word of a straight panel, and of the weights of `scatter`, pairs the same column of two rows.
 #pragma once
 #include "simd.h"
 #if defined(__AMX_BF16__)
@@ -79,6 +84,7 @@ struct VectorTiles {
   static constexpr int64_t ROWS = 16;
   static constexpr int64_t PANEL = 16;
   static constexpr int64_t WIDTH_STEP = LANES * PER_WORD;
+  static constexpr bool SCATTERS = true;
 
   static void begin() {}
   static void end() {}
@@ -146,6 +152,24 @@ struct VectorTiles {
         if (step == 1) accumulate_strip<1>(from, weights_stride, panels, count, padded, v * LANES, factor, to);
         if (step == 2) accumulate_strip<2>(from, weights_stride, panels, count, padded, v * LANES, factor, to);
         if (step == 3) accumulate_strip<3>(from, weights_stride, panels, count, padded, v * LANES, factor, to);
+      }
+    }
+  }
+
+  static void scatter(const Packed* weights, int64_t weights_stride, const Packed* panel, int64_t padded,
+                      float* const* outs, int64_t count) {
+    const int64_t vectors = padded / LANES;
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t v = 0, step; v < vectors; v += step) {
+        step = next_step(vectors - v);
+        for (int64_t row = 0; row < PANEL; row += STRIP) {
+          const Packed* from = weights + (p * PANEL + row) * PER_WORD;
+          const Packed* columns = panel + v * LANES * PER_WORD;
+          float* to = outs[p] + row * padded + v * LANES;
+          if (step == 1) scatter_strip<1>(from, weights_stride, columns, padded, to);
+          if (step == 2) scatter_strip<2>(from, weights_stride, columns, padded, to);
+          if (step == 3) scatter_strip<3>(from, weights_stride, columns, padded, to);
+        }
       }
     }
   }
@@ -228,6 +252,27 @@ struct VectorTiles {
     }
     UNROLL for (int64_t r = 0; r < STRIP; ++r) {
       UNROLL for (int64_t v = 0; v < VECTORS; ++v) store(out + r * padded + x + v * LANES, sums[r][v]);
+    }
+  }
+
+  template <int64_t VECTORS>
+  NO_INLINE void scatter_strip(const Packed* weights, int64_t weights_stride, const Packed* panel, int64_t padded,
+                               float* out) {
+    static_assert(ROWS == PANEL, "a block is packed as a panel");
+    Vector sums[STRIP][VECTORS];
+    UNROLL for (int64_t r = 0; r < STRIP; ++r) {
+      UNROLL for (int64_t v = 0; v < VECTORS; ++v) sums[r][v] = load(out + r * padded + v * LANES);
+    }
+    for (int64_t j = 0; j < ROWS; j += PER_WORD) {
+      Words words[VECTORS];
+      UNROLL for (int64_t v = 0; v < VECTORS; ++v) words[v] = load_as<Words>(panel + j * padded + v * LANES * PER_WORD);
+      UNROLL for (int64_t r = 0; r < STRIP; ++r) {
+        const Words factor = broadcast(weights + j * weights_stride + r * PER_WORD);
+        UNROLL for (int64_t v = 0; v < VECTORS; ++v) sums[r][v] = Format::multiply_add(factor, words[v], sums[r][v]);
+      }
+    }
+    UNROLL for (int64_t r = 0; r < STRIP; ++r) {
+      UNROLL for (int64_t v = 0; v < VECTORS; ++v) store(out + r * padded + v * LANES, sums[r][v]);
     }
   }
 };

@@ -15,6 +15,7 @@ struct AmxTiles {
   static constexpr int64_t ROWS = 32;
   static constexpr int64_t PANEL = 32;
   static constexpr int64_t WIDTH_STEP = 32;
+  static constexpr bool SCATTERS = false;  // sums in memory would cost more than the products that it saves
 
   static void begin() {
     alignas(ALIGNMENT) static const Configuration configuration;

@@ -174,6 +174,31 @@ void test_global_rows_of_a_long_lane(const char* set) {
   check_backward(test, set);
 }
 
+// Lanes much longer than their windows, whose queries begin and end while the keys pass by.
+void test_long_lanes_of_short_reach(const char* set) {
+  Random random(16);
+  for (int i = 0; i < 4; ++i) {
+    Case test = random_case({1, 12}, random);
+    test.lanes.assign(2, Lane());
+    for (Lane& lane : test.lanes) {
+      longspan_lane& given = lane.given;
+      given.queries = random.between(1500, 2500), given.keys = random.between(1500, 2500);
+      given.before = random.between(0, 40), given.after = random.between(0, 40);
+      given.dilation = random.between(1, 2);
+      if (random.chance(0.5)) {
+        lane.key_mask.assign(given.keys, 1);
+        for (int64_t j : {0, 700, 1400}) lane.key_mask[j] = 0, lane.extra.push_back(j);
+      }
+      fill(lane, test.call, 1, random);
+      lane.expect(test.call);
+    }
+    for (Lane& lane : test.lanes) lane.point_to_data();
+    CHECK(forward(test) == LONGSPAN_OK && backward(test) == LONGSPAN_OK, "refused (%s)", set);
+    check_forward(test, set);
+    check_backward(test, set);
+  }
+}
+
 template <class Change>
 void check_refused(const char* what, Change change) {
   Random random(15);
@@ -227,6 +252,7 @@ int main() {
     test_calls_accumulate(set);
     test_results_do_not_depend_on_threads_or_batch(set);
     test_global_rows_of_a_long_lane(set);
+    test_long_lanes_of_short_reach(set);
     printf("%s: %d failures so far\n", set, failures);
   });
   test_bad_arguments_are_refused();
