@@ -178,7 +178,7 @@ void test_global_rows_of_a_long_lane(const char* set) {
 void test_long_lanes_of_short_reach(const char* set) {
   Random random(16);
   for (int i = 0; i < 4; ++i) {
-    Case test = random_case({1, 12}, random);
+    Case test = random_case({1, 40}, random);
     test.lanes.assign(2, Lane());
     for (Lane& lane : test.lanes) {
       longspan_lane& given = lane.given;
