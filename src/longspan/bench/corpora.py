@@ -18,6 +18,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from longspan.bench import peers
 from longspan.bench.measure import Row, compare, fill_times
@@ -154,6 +155,7 @@ def _set_ready(ready: Barrier) -> None:
 
 def _read(chunks: list[list[CorpusDocument]], core: int) -> tuple[float, float]:
     """When the second chunk was begun, in all processes at once, and when the last one ended."""
+    disable_progress_bar()
     torch.set_num_threads(1)
     pin([core])
     worker = TaskWorker(TASK)
