@@ -67,7 +67,7 @@ struct Gradients {
   Packed* grad_scores;
 };
 
-// Sums of some queries of a grid, fewer than `panels` * PANEL of them at a time: a ring.
+// Sums of some queries of a grid, at most `panels` * PANEL of them at a time: a ring.
 template <class Tiles>
 struct QuerySums {
   float* rows;
