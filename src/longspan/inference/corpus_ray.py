@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -160,6 +161,8 @@ def _connected(address: str | None) -> Iterator[Any]:
     except ImportError as error:
         raise ImportError("the engine ray needs Ray Data: pip install 'longspan[ray]'") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray takes what reads the corpus for one input, however many chunks come of it.
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
     if address is not None:
         _check_answers(address)
     if ray.is_initialized():
