@@ -138,6 +138,15 @@ ALWAYS_INLINE View extras_of_queries(const longspan_attention& call, const longs
           lane.extra_causal ? 0 : UNLIMITED};
 }
 
+// What `run_pass` asks of a pass whose rows are queries and whose columns are extra keys and the band.
+struct OverQueries {
+  static int64_t rows(const longspan_lane& lane) { return lane.queries; }
+  static int64_t dilation(const longspan_lane& lane) { return lane.dilation; }
+  static int64_t columns(const longspan_lane& lane, int64_t view) {
+    return view == 0 ? lane.extras : divide_up(lane.keys, lane.dilation);
+  }
+};
+
 // For each view of queries. None of them: `is_biased` false, so that a pass without bias has one test per tile more.
 struct Biases {
   longspan_bias of_view[VIEWS];

@@ -65,7 +65,7 @@ NO_INLINE bool advance(Softmax<ROWS>& softmax, float* scores, int64_t stride, in
 }
 
 template <class TilesOfType>
-class Forward {
+class Forward : public OverQueries {
  public:
   using Tiles = TilesOfType;
   using Packed = typename Tiles::Packed;
@@ -74,12 +74,6 @@ class Forward {
   // Scores and weights of 16 rows x 304 columns fit in the first-level cache, and a window of 256 keys with 32 more is
   // one tile. Blocks of 32 rows fit in no useful number, and do best where all of a window of 512 keys is one tile.
   static constexpr int64_t TILE_PANELS = (Tiles::ROWS == 32 ? 544 : 304) / Tiles::PANEL;
-
-  static int64_t rows(const longspan_lane& lane) { return lane.queries; }
-  static int64_t dilation(const longspan_lane& lane) { return lane.dilation; }
-  static int64_t columns(const longspan_lane& lane, int64_t view) {
-    return view == 0 ? lane.extras : divide_up(lane.keys, lane.dilation);
-  }
 
   Forward(Arena& arena, const Pass& pass)
       : call_(pass.call),

@@ -79,19 +79,13 @@ struct QuerySums {
 
 // Pass over the queries.
 template <class TilesOfType>
-class QueryGradient {
+class QueryGradient : public OverQueries {
  public:
   using Tiles = TilesOfType;
   using Packed = typename Tiles::Packed;
   static constexpr int64_t SOURCES = 3;
   static constexpr bool SUMS_BIAS = true, TAKES_GRIDS = false;
   static constexpr int64_t TILE_PANELS = Gradients<Tiles>::TILE_PANELS;
-
-  static int64_t rows(const longspan_lane& lane) { return lane.queries; }
-  static int64_t dilation(const longspan_lane& lane) { return lane.dilation; }
-  static int64_t columns(const longspan_lane& lane, int64_t view) {
-    return view == 0 ? lane.extras : divide_up(lane.keys, lane.dilation);
-  }
 
   QueryGradient(Arena& arena, const Pass& pass)
       : call_(pass.call),
@@ -111,7 +105,7 @@ class QueryGradient {
     sweep(lane, residue, begin, end, band_of_queries(call_, lane, residue));
   }
 
-  // What the extra keys give, in `sums`.
+  // What the extra keys give, in `sums`, where delta is known.
   void run_extras(const longspan_lane& lane, int64_t residue, int64_t begin, int64_t end, const QuerySums<Tiles>& sums) {
     sums_ = &sums;
     View no_band = band_of_queries(call_, lane, residue);
@@ -121,8 +115,10 @@ class QueryGradient {
 
   void reset(int64_t slot) { memset(grad_q_ + slot * Tiles::ROWS * padded_, 0, Tiles::ROWS * padded_ * sizeof(float)); }
 
+  // Finds delta for the passes over keys, too.
   void load(int64_t begin, int64_t count) {
-    constexpr int64_t size = sizeof(typename Tiles::Element);
+    using Element = typename Tiles::Element;
+    constexpr int64_t size = sizeof(Element);
     prefetch_rows(*queries_, begin + count, count, lane_->q, call_.q_stride, size, call_.width);
     prefetch_rows(*queries_, begin + count, count, lane_->grad_out, call_.grad_out_stride, size, call_.width);
     prefetch_rows(*queries_, begin + count, count, lane_->out, call_.out_stride, size_of(call_.out_dtype), call_.width);
@@ -133,7 +129,7 @@ class QueryGradient {
       const int64_t row = r < count ? queries_->row(begin + r) : 0;
       const bool shown = r < count && queries_->is_shown(row);
       lse_[r] = shown ? lane_->lse[row * call_.lse_stride] * LOG2_E : INFINITE;
-      delta_[r] = shown ? find_delta<typename Tiles::Element>(call_, *lane_, row) : 0;  // for the passes over keys, too
+      delta_[r] = !shown ? 0 : sums_ ? lane_->delta[row * call_.lse_stride] : find_delta<Element>(call_, *lane_, row);
     }
   }
 
