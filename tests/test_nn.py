@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from longspan.attention import attend
+from longspan.attention.blocks import cut
 from longspan.nn import DilatedAttention
 
 WIDTH, HEADS = 24, 6
@@ -90,6 +91,26 @@ def test_the_exact_module_gives_torchscales_numbers_and_the_true_gradient():
 def test_any_length_is_exact(tokens, offsets, causal):
     x, layer = rows(tokens), module((1, 3), (5, 8), offsets=offsets, causal=causal)
     assert torch.allclose(layer(x), by_reference(layer, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [48, 53])
+def test_some_segments_at_a_time_give_the_same_output_and_gradients(tokens, monkeypatch):
+    monkeypatch.setattr("longspan.nn.cut", lambda pattern, tokens: cut(pattern, tokens, 16))
+    computed = []
+    monkeypatch.setattr(
+        "longspan.nn.attend", lambda q, *given, **named: computed.append(q.shape[2]) or attend(q, *given, **named)
+    )
+    x, layer = rows(tokens), module(causal=True)
+    inputs = (x, *layer.parameters())
+    whole = layer(x)
+    assert computed == [tokens]
+    with torch.no_grad():
+        assert torch.allclose(layer(x), whole, atol=1e-12)
+    assert max(computed[1:]) == 16
+    layer.checkpoint = True
+    for mine, other in zip(gradients(layer(x), inputs), gradients(whole, inputs), strict=True):
+        assert torch.allclose(mine, other, atol=1e-11)
+    assert max(computed[1:]) == 16
 
 
 def test_no_token_and_no_row_give_none():

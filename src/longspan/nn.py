@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attention import DilatedSegments, attend
+from longspan.attention.blocks import cut
 from longspan.attention.positions import DistanceBuckets, Rotary, turn
 
 __all__ = ["DilatedAttention"]
@@ -31,6 +33,9 @@ class DilatedAttention(nn.Module):
     compatible: "torchscale" computes as the released code does where that is sane: branches mixed by weights without
         gradients, its head offsets where a dilation does not divide the heads, xPos that also fades without `causal`.
         It takes N and segments that divide without rest, and no padding: elsewhere the released code is wrong.
+    checkpoint: compute gradients from some segments at a time, each computed once more for them, so that memory holds
+        little besides x and the result. Without gradients that is always done. On CPU, for more than 32,768 tokens
+        that have no padding, xPos, relative bias or dropout.
 
     Source: LongNet, arXiv 2307.02486, section 2.
     """
@@ -49,6 +54,7 @@ class DilatedAttention(nn.Module):
         offsets: Literal["grouped", "interleaved"] = "grouped",
         compatible: Literal["torchscale"] | None = None,
         xpos_scale_base: float = 512.0,
+        checkpoint: bool = False,
     ):
         super().__init__()
         if min(d_model, num_heads) < 1 or d_model % num_heads:
@@ -62,7 +68,7 @@ class DilatedAttention(nn.Module):
         if compatible and (use_rel_pos_bias or offsets != "grouped"):
             raise ValueError("compatible='torchscale' has grouped offsets and no relative bias, as the released code")
         self.pattern = DilatedSegments.mixture(segment_size, dilation_rate, num_heads, causal, offsets)
-        self.dropout, self.compatible = dropout, compatible
+        self.dropout, self.compatible, self.checkpoint = dropout, compatible, checkpoint
         self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         self.rotary = None
         if use_xpos:
@@ -96,12 +102,19 @@ class DilatedAttention(nn.Module):
             )
         if 0 in x.shape:
             return self.out(x)
+        dropout = self.dropout if self.training else 0.0
+        if key_padding_mask is None and not dropout and self._may_be_cut(x):
+            blocks = cut(self.pattern, x.shape[1])
+            if len(blocks) > 1:
+                from longspan.models.blockwise import attend_in_blocks  # whose package takes transformers' time to load
+
+                weights = self.qkv.weight, self.qkv.bias, self.out.weight, self.out.bias
+                return attend_in_blocks(x, *weights, heads, blocks, partial(attend, pattern=self.pattern))
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(2, (3, heads, -1)).unbind(2))  # [B, H, N, D]
         if self.rotary is not None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
             rotation = self.rotary.at(positions, self.rotary.middle(x.shape[1]), x.dtype)
             q, k = turn(q, rotation.q), turn(k, rotation.k)
-        dropout = self.dropout if self.training else 0.0
         if self.compatible:
             seen = self._as_released(q, k, v, key_padding_mask, dropout)
         else:
@@ -109,6 +122,19 @@ class DilatedAttention(nn.Module):
             bias = None if self.buckets is None else self.buckets()
             seen = attend(q, k, v, self.pattern, token_mask=token_mask, dropout=dropout, bias=bias)
         return self.out(seen.transpose(1, 2).flatten(2))
+
+    def _may_be_cut(self, x: Tensor) -> bool:
+        """Whether some segments at a time give the same, and are asked for."""
+        return (
+            (self.checkpoint or not torch.is_grad_enabled())
+            and self.compatible is self.rotary is self.buckets is None
+            and type(self.qkv) is type(self.out) is nn.Linear  # others may do more
+            and x.is_cpu
+            and x.dtype == self.qkv.weight.dtype
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        )
 
     def _as_released(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
         """torchscale's dilated attention, [B, H, N, D]: branches mixed by their softmax sums, without gradients."""

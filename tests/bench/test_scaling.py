@@ -21,13 +21,13 @@ LONGNET, LONGFORMER = TINY_LAYERS
 
 @pytest.mark.parametrize("layer", TINY_LAYERS, ids=lambda layer: layer.name)
 @pytest.mark.parametrize("dense", [False, True])
-def test_some_heads_at_a_time_equal_all_heads_at_once(layer: Layer, dense: bool):
+def test_the_layer_is_attention_between_its_projections(layer: Layer, dense: bool):
     torch.manual_seed(0)
     tokens = 300
     inputs = [torch.randn(tokens, layer.width), *layer.weights(torch.float32)]
     inputs = [value.double().requires_grad_() for value in inputs]
     x, w_in, w_out = inputs
-    q, k, v = ((x @ weight.T).view(1, tokens, layer.heads, -1).transpose(1, 2) for weight in w_in)
+    q, k, v = ((x @ weight.T).view(1, tokens, layer.heads, -1).transpose(1, 2) for weight in w_in.chunk(3))
     if dense:
         heads = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=bool(layer.branches))
     else:
@@ -66,10 +66,10 @@ def test_lengths_double_until_memory_would_not_hold_them(monkeypatch):
     assert (rows[-1].status, rows[-1].note) == ("left out", "would need about 0.0 GiB")
 
 
-def test_dense_ends_with_the_first_length_that_takes_over_a_minute(monkeypatch):
+def test_dense_ends_before_a_length_would_take_it_over_a_minute(monkeypatch):
     fake(monkeypatch, seconds_per_token=2e-2)
     rows = [row for row in ask() if not row.shape["backward"]]
-    assert max(row.shape["tokens"] for row in rows if row.system == DENSE) == 2048  # 82 seconds
+    assert max(row.shape["tokens"] for row in rows if row.system == DENSE) == 1024  # 20 seconds; 2048 would take 82
     assert max(row.shape["tokens"] for row in rows if row.system == OURS) == 2**16
 
 

@@ -42,6 +42,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """[N, K]: of a weight, from the gradient [T, N] of what it made of x [T, K]. For who differentiates by hand."""
+    if x.dtype == torch.float32 and x.is_cpu and grad.shape[1] * x.numel() >= LEAST_WORK and one_dnn_is_faster():
+        return _sum_over_rows(grad, x)
+    return grad.t() @ x
+
+
 @functools.cache
 def one_dnn_is_faster() -> bool:
     """Whether torch computes with MKL, on an AVX-512 processor of another maker than Intel, and has oneDNN as well."""
@@ -66,13 +73,21 @@ class _OneDnnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)  # [T, K], [T, N]
-        grad_weight = None
-        if for_weight:
-            parts = zip(grad_rows.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True)
-            for part, x_part in parts:
-                product = _product(part.t(), x_part.t())
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
-        return _product(grad, weight.t()) if for_x else None, grad_weight, grad_rows.sum(0) if for_bias else None
+        return (
+            _product(grad, weight.t()) if for_x else None,
+            _sum_over_rows(grad_rows, rows) if for_weight else None,
+            grad_rows.sum(0) if for_bias else None,
+        )
+
+
+def _sum_over_rows(grad: Tensor, x: Tensor) -> Tensor:
+    """[N, K] for [T, N] and [T, K]"""
+    parts = zip(grad.split(ROWS_AT_ONCE), x.split(ROWS_AT_ONCE), strict=True)
+    products = (_product(part.t(), x_part.t()) for part, x_part in parts)
+    total = next(products)
+    for product in products:
+        total.add_(product)
+    return total
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
