@@ -20,7 +20,8 @@ from tests.attention.test_tiled import Attention, layer_inputs
 from torch import Tensor
 
 from longspan import kernels
-from longspan.attention import DilatedSegments, Full, GlobalKeys, Pattern, SlidingWindow, attend, explain
+from longspan.attention import DilatedSegments, DistanceBias, Full, GlobalKeys, Pattern, SlidingWindow, attend, explain
+from longspan.attention.backends import native
 from longspan.attention.backends.packed_sequences import Sequences, packed_attention
 from longspan.attention.patterns import pattern_to_parts
 
@@ -234,6 +235,35 @@ def test_layer_compiles_to_one_graph_for_any_length(backend: str):
             gradients.append((out, *torch.autograd.grad(out.square().sum(), layer.parameters())))
         for expected, actual in zip(*gradients, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["segments_causal", "segments_part", "segments_sparse"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_sums_of_some_heads_at_a_time_are_those_of_all(name: str, biased: bool, monkeypatch):
+    torch.manual_seed(0)
+    *leaves, grad = rows(dtype=torch.bfloat16)
+    table = torch.randn(HEADS, 30)
+    calls = []
+    compute = native.compute
+    monkeypatch.setattr(
+        native, "compute", lambda part, *given: calls.append(part["q"].shape[1]) or compute(part, *given)
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def run() -> list[Tensor]:
+        inputs = [leaf.clone().requires_grad_() for leaf in (*leaves, table)]
+        bias = DistanceBias(inputs[3], 4) if biased else None
+        mask = padding("ragged", TOKENS)
+        out, lse = attend(
+            *inputs[:3], examples(TOKENS)[name], token_mask=mask, bias=bias, backend="native", return_lse=True
+        )
+        return [out, lse, *torch.autograd.grad(out, inputs if biased else inputs[:3], grad)]
+
+    whole = run()
+    monkeypatch.setattr(native, "CACHED_BYTES", 1)
+    some = run()
+    assert calls == [HEADS] * 2 + [1] * 2 * HEADS
+    assert all(torch.equal(one, other) for one, other in zip(whole, some, strict=True))
 
 
 def test_calls_from_many_threads_give_what_each_gives_alone():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -268,6 +268,11 @@ class DilatedSegments(Pattern):
         if any(rate > length for length, rate in zip(lengths, rates, strict=True)):
             raise ValueError(f"a dilation must not exceed its segment length, or heads would keep no token; {given}")
         return cls(tuple(zip(lengths, rates, strict=True)), heads, causal, offsets)
+
+    def of_heads(self, first: int, end: int) -> DilatedSegments:
+        """Of the heads of q from `first` to before `end` alone."""
+        before = 0 if self.part is None else self.part[0]
+        return replace(self, part=(before + first, before + end))
 
     def offset(self, head: Index, stride: int) -> Index:
         """First position that `head`, counted among those of q, keeps in every segment of a branch."""

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import struct
 import warnings
-from collections.abc import Sequence
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,6 @@ import torch  # first: the kernels then share the threads of its OpenMP runtime,
 INTERFACE_VERSION = 5
 FILE_NAME = "liblongspan_kernels.so"
 BIAS_MARGIN = 16  # LONGSPAN_BIAS_MARGIN
-HUGE_PAGE = 1 << 21  # bytes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # longspan_dtype
 
@@ -109,21 +106,6 @@ def _declare(cdll: ctypes.CDLL) -> ctypes.CDLL:
     cdll.longspan_prefer_huge_pages.argtypes = (c_void_p, c_int64)
     cdll.longspan_prefer_huge_pages.restype = None
     return cdll
-
-
-def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """As torch.empty, at a multiple of 64 bytes, and in huge pages of memory where it fills one.
-
-    Rows that lie far apart in small pages make the processor look up where each page lies.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    alignment = HUGE_PAGE if size >= HUGE_PAGE else 64
-    wide = torch.empty(size + alignment, dtype=torch.uint8)
-    start = -wide.data_ptr() % alignment
-    found = library()
-    if found is not None and size >= HUGE_PAGE:
-        found.longspan_prefer_huge_pages(wide.data_ptr() + start, size)
-    return wide[start : start + size].view(dtype).view(*shape)
 
 
 def check_status(status: int, function, arguments) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longspan import kernels
+from longspan.kernels.memory import empty
 from longspan.kernels.rows import ACTIVATIONS, Bytes
 
 BYTES = 0  # in place of terms
@@ -70,7 +71,7 @@ def pack_linear(weight: Tensor, *, terms: int = 3, scale: Tensor | None = None) 
     size = library.longspan_linear_packed_bytes(in_features, out_features, terms)
     if size < 0:
         raise ValueError(f"weight is {list(weight.shape)}; a linear layer has one row and one number in it, or more")
-    data = kernels.empty_in_huge_pages([size], torch.uint8)
+    data = empty([size], torch.uint8)
     library.longspan_linear_pack(
         dtype, weight.data_ptr(), _stride(weight), in_features, out_features, terms, data.data_ptr()
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.attention.blocks import Block
-from longspan.kernels import empty_in_huge_pages as empty
+from longspan.kernels.memory import empty
 from longspan.models.linear import Linear, PlainLinear, Weight, make_linear
 from longspan.models.trained_linear import weight_gradient
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.kernels import empty_in_huge_pages as empty
 from longspan.kernels import rows
 from longspan.kernels.layer import Layer, LayerRows
+from longspan.kernels.memory import empty
 from longspan.kernels.rows import Bytes, Norm, Product, Turn
 from longspan.models.encoder import BlockConfig, EncoderConfig, Rotary
 from longspan.models.ragged import Ragged

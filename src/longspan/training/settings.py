@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from longspan.inference.evidence import native_precision
+from longspan.kernels.memory import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class TrainerSettings:
 
 def trainer_arguments(output: str | Path, **options: Any) -> TrainingArguments:
     """TrainingArguments with what holds for every training here. ImportError says what to install."""
+    keep_freed_memory()
     usual: dict[str, Any] = {
         "lr_scheduler_type": "linear",
         "save_total_limit": 2,

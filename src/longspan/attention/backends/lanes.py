@@ -172,7 +172,12 @@ def merges(near: Pattern | None) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=32)
+def first_call_writes_all(near: Pattern | None) -> bool:
+    """Whether the calls after the first add to rows that it has written, so that nothing need stand in them before."""
+    return not isinstance(near, DilatedSegments) or near.branches[0][1] == 1
+
+
+@functools.lru_cache(maxsize=128)
 def plan_calls(
     near: Pattern | None,
     causal_extra: bool,
@@ -205,7 +210,7 @@ def plan_calls(
             table[:, FIELD[name]] = values
         table[:, FIELD["extra_causal"]] = causal_extra
         some = table[:, FIELD["queries"]] > 0
-        accumulate = merges(near) if any(place.field == "grad_q" for place in layout) else number > 0
+        accumulate = number > 0 or not first_call_writes_all(near)
         settings = _settings(layout, width, scale, part.step, accumulate)
         calls.append(Call(settings, table[some], part.sequences[some], part.first[some, 1]))
     return tuple(calls)

@@ -27,11 +27,12 @@ from longspan.attention.backends.lanes import (
     Place,
     bias_steps,
     find_extra_keys,
+    first_call_writes_all,
     merges,
     plan_calls,
     split,
 )
-from longspan.attention.backends.operators import define, empty_rows, narrow, with_unit_stride
+from longspan.attention.backends.operators import define, empty_rows, with_unit_stride
 from longspan.attention.patterns import (
     DilatedSegments,
     Full,
@@ -41,11 +42,14 @@ from longspan.attention.patterns import (
     pattern_to_parts,
 )
 from longspan.attention.request import DistanceBias, Request
+from longspan.kernels.memory import empty
 
 # Where nothing is hidden torch's is faster for 16 to 128 tokens, and the two meet near 256: 12 heads of width 64,
 # float32 and bfloat16, 1 thread of a busy machine. With a window they are about equal at 16 to 32 tokens, and the
 # kernels are faster above.
 DENSE_TOKENS = 128
+# Of results in float32 that several calls add to before they become narrower: of so many heads at a time.
+CACHED_BYTES = 1 << 24
 
 
 def unsupported(request: Request) -> str | None:
@@ -99,13 +103,15 @@ def attend_native(
     _check_rows(q, k, v)
     q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
     seen = _look(pattern, tensors, q, k, token_mask, query_positions)
-    merged = merges(seen.near)
-    out, lse = empty_rows(q, torch.float32 if merged else q.dtype), _empty_lse(q)
-    if merged:
-        out.zero_()
-        lse.fill_(-math.inf)
-    compute({"q": q, "k": k, "v": v, "out": out, "lse": lse}, seen, scale, _check_bias(bias, ahead, q))
-    return narrow(out, q.dtype), lse
+    rows = {"q": q, "k": k, "v": v, "out": _empty_rows(q, q.dtype), "lse": _empty_lse(q)}
+    _compute_results(rows, ("out",), seen, scale, _check_bias(bias, ahead, q))
+    return rows["out"], rows["lse"]
+
+
+def _empty_rows(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `empty_rows`, in memory that is kept from call to call."""
+    batch, heads, tokens, width = like.shape
+    return empty([batch, tokens, heads, width], dtype).transpose(1, 2)
 
 
 def _fake_attend(q, k, v, pattern, tensors, token_mask, query_positions, bias, ahead, scale):
@@ -139,17 +145,13 @@ def attend_native_backward(
     q, k, v, out, grad_out = (with_unit_stride(tensor) for tensor in (q, k, v, out, grad_out))
     lse = lse.contiguous()
     seen = _look(pattern, tensors, q, k, token_mask, query_positions)
-    merged = merges(seen.near)
-    grad_q, grad_k, grad_v = (empty_rows(rows, torch.float32 if merged else q.dtype) for rows in (q, k, v))
-    if merged:
-        for gradient in (grad_q, grad_k, grad_v):
-            gradient.zero_()
     rows = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "delta": torch.zeros_like(lse), "grad_out": grad_out}
     if grad_lse is not None:
         rows["grad_lse"] = grad_lse.to(lse.dtype).contiguous()
-    rows |= {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
-    grad_bias = compute(rows, seen, scale, _check_bias(bias, ahead, q))
-    return narrow(grad_q, q.dtype), narrow(grad_k, q.dtype), narrow(grad_v, q.dtype), grad_bias
+    gradients = ("grad_q", "grad_k", "grad_v")
+    rows |= {name: _empty_rows(given, q.dtype) for name, given in zip(gradients, (q, k, v), strict=True)}
+    grad_bias = _compute_results(rows, gradients, seen, scale, _check_bias(bias, ahead, q))
+    return rows["grad_q"], rows["grad_k"], rows["grad_v"], grad_bias
 
 
 def _fake_backward(
@@ -277,6 +279,41 @@ def _check_bias(bias: Tensor | None, ahead: int, q: Tensor) -> DistanceBias | No
             f"got {bias.dtype} {list(bias.shape)}, column {ahead}"
         )
     return DistanceBias(bias, ahead)
+
+
+def _compute_results(
+    rows: dict[str, Tensor], results: tuple[str, ...], seen: Seen, scale: float, bias: DistanceBias | None
+) -> Tensor:
+    """As `compute`, and results that several calls add to are float32 until they are whole.
+
+    results: the fields that hold them.
+    """
+    if not merges(seen.near):
+        return compute(rows, seen, scale, bias)
+    assert isinstance(seen.near, DilatedSegments)
+    dtype, heads = rows["q"].dtype, rows["q"].shape[1]
+    at_once = heads
+    if dtype != torch.float32:
+        of_a_head = sum(4 * rows[field][:, :1].numel() for field in results)
+        at_once = max(torch.get_num_threads(), CACHED_BYTES // max(1, of_a_head))
+    grad_bias = []
+    for first in range(0, heads, at_once):
+        some = slice(first, min(first + at_once, heads))
+        part = {field: tensor[:, some] for field, tensor in rows.items()}
+        if dtype != torch.float32:
+            part |= {field: _empty_rows(part[field], torch.float32) for field in results}
+        if not first_call_writes_all(seen.near):
+            for field in results:
+                part[field].zero_()
+            if "grad_q" not in rows:
+                part["lse"].fill_(-math.inf)
+        near = seen.near.of_heads(some.start, some.stop)
+        own_bias = None if bias is None else bias._replace(values=bias.values[some])
+        grad_bias.append(compute(part, seen._replace(near=near), scale, own_bias))
+        if dtype != torch.float32:
+            for field in results:
+                rows[field][:, some] = part[field]
+    return torch.cat(grad_bias)
 
 
 def compute(rows: dict[str, Tensor], seen: Seen, scale: float, bias: DistanceBias | None = None) -> Tensor:
