@@ -99,6 +99,14 @@ print((resident() - before) / (most - before))
     assert (float(done.stdout) > 0.5) == keep
 
 
+def test_what_is_free_can_be_given_back():
+    used, free = (empty([SIZE], torch.uint8).fill_(number) for number in (1, 2))
+    del free
+    assert kept() == SIZE
+    memory.give_back()
+    assert kept() == 0 and (used == 1).all()
+
+
 def test_threads_never_share_a_tensor():
     def work(number: int) -> bool:
         right = True

@@ -31,6 +31,7 @@ from longspan.attention.blocks import cut
 from longspan.bench.attention import DTYPES, TOLERANCE, available_mib
 from longspan.bench.measure import MOST_CALLS, Row, compare, fill_times, reset_peak, status_mib
 from longspan.inference.worker_process import end_with_parent
+from longspan.kernels.memory import give_back
 from longspan.models.blockwise import attend_in_blocks
 
 FIRST_TOKENS, MOST_TOKENS = 256, 2**26
@@ -122,8 +123,9 @@ def measure_point(
 
 
 def _give_back_memory() -> None:
-    """Free memory that the C library holds for later would hide what the next length takes."""
+    """Free memory that is held for later would hide what the next length takes."""
     gc.collect()
+    give_back()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -72,6 +72,11 @@ def _keep(block: np.ndarray) -> None:
         _free.pop(address, None)
 
 
+def give_back() -> None:
+    """Blocks that nobody uses go back to the system."""
+    _free.clear()
+
+
 @functools.cache
 def keep_freed_memory() -> None:
     """From now on this process keeps what its tensors leave, up to 1 GiB of tensors up to 32 MiB, for the next ones.
