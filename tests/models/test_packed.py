@@ -23,6 +23,7 @@ from longspan.models.encoder import BlockConfig, Encoder, EncoderConfig
 from longspan.models.evidence import LongspanForEvidence
 from longspan.models.packed import PackedEncoder, pack
 from longspan.models.plug_in import accelerate
+from longspan.models.sequence import first_tokens
 
 THREADS = Path("/proc/self/task")
 WINDOWS = {"longformer": {"attention_window": [4, 8, 16]}}
@@ -246,6 +247,47 @@ def test_hidden_states_are_the_encoders(config):
         assert torch.equal(found[0], x.float())
         assert all(relative_error(a, b, mask) < 2e-6 for a, b in zip(found, expected, strict=True))
         assert torch.equal(found[-1], packed(x.float(), mask, marked))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["post", "pre", "one layer", "segments"])
+@torch.no_grad()
+def test_first_tokens_are_those_of_the_whole(name, precision):
+    config = {"post": POST, "pre": PRE, "one layer": replace(PRE, blocks=PRE.blocks[-1:]), "segments": POST}[name]
+    if name == "segments":
+        pattern = DilatedSegments(branches=((8, 1), (16, 2)), heads=2)
+        config = replace(POST, blocks=2 * (BlockConfig(heads=2, head_width=12, ffn_width=30, pattern=pattern),))
+    packed, _ = packed_and_exact(config, precision)
+    x, mask, marked = rows([37, 1, 20, 37, 12, 37])
+    x = x.float()
+    left, gaps = mask.clone(), mask.clone()
+    left[0, :7] = left[2, :19] = False
+    gaps[0, 11:17] = gaps[3, [0, 5, 36]] = gaps[4] = False
+    marks = {"as drawn": marked, "first": marked & (mask.cumsum(1) == 1), "none": None}
+    # Products of other sizes add up in another order, and roundings to 8 bits may then tip over.
+    tolerance = {"fp32": 2e-6, "bf16": 1e-2, "int8": 2e-2}[precision]
+    for tokens in (mask, left, gaps):
+        for given in marks.values():
+            expected = first_tokens(packed(x, tokens, given), tokens)
+            found = packed.first_tokens(x, tokens, given)
+            assert relative_error(found, expected, tokens.any(1)) < tolerance
+            assert not found[~tokens.any(1)].any()
+    assert relative_error(packed.first_tokens(x), packed(x)[:, 0], ...) < tolerance
+    assert not packed.first_tokens(x, torch.zeros_like(mask)).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_head_that_reads_the_first_token_asks_for_no_other(family, monkeypatch):
+    more = {"classifier_pooling": "cls"} if family == "modernbert" else WINDOWS.get(family, {})
+    model = accelerate(
+        translated(tiny_model(family, "sequence_classification", **more), "sequence_classification"), "fp32"
+    )
+    inputs = batch(model.config, [50, 31, 9])
+    expected = model(**inputs, output_hidden_states=True)
+    assert len(expected.hidden_states) == 1 + len(model.base_model.encoder.blocks)
+    monkeypatch.setattr(PackedEncoder, "forward", lambda *_: pytest.fail("it computes all tokens"))
+    torch.testing.assert_close(model(**inputs).logits, expected.logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "tanh"])

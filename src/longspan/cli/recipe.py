@@ -27,7 +27,7 @@ def reviews(
     ] = "sentence-transformers/all-MiniLM-L6-v2",
     teacher_rows: Annotated[int | None, typer.Option(min=1, help="Reviews that the teacher learns from.")] = None,
     teacher_tokens: Annotated[
-        int | None, typer.Option(min=3, help="How much of a review it reads while it learns or teaches.")
+        int | None, typer.Option(min=3, help="How much of a review it reads while it learns.")
     ] = None,
     train_rows: Annotated[int | None, typer.Option(min=1, help="Reviews whose labels the students learn from.")] = None,
     taught_rows: Annotated[int | None, typer.Option(min=1, help="Those of them that the teacher explains.")] = None,

@@ -88,16 +88,19 @@ class _TaskModel(LongspanPreTrainedModel):
         token_mask = None if attention_mask is None else attention_mask.bool()
         if global_mask is None and self.described.global_tokens is not None:
             global_mask = self.choose_global_tokens(input_ids, inputs_embeds, token_mask)
+        pooling, sequence = self.described.pooling, self.sequence
         outputs = self.longspan(
-            input_ids, token_mask, global_mask, token_type_ids, position_ids, inputs_embeds, *asked, return_dict=True
+            *(input_ids, token_mask, global_mask, token_type_ids, position_ids, inputs_embeds, *asked),
+            first_only=pooling in ("pooler", "first"),
+            return_dict=True,
         )
-        x, sequence = outputs.last_hidden_state, self.sequence  # [B, N, C]
-        if self.described.pooling is None:
+        x = outputs.last_hidden_state  # [B, N, C] or [B, 1, C]
+        if pooling is None:
             return self.classifier(self.head(x)), outputs.hidden_states
-        if self.described.pooling == "pooler":
+        if pooling == "pooler":
             x = outputs.pooler_output  # [B, C]
         else:
-            x = (sequence.first if self.described.pooling == "first" else sequence.mean)(x, token_mask)
+            x = x[:, 0] if pooling == "first" else sequence.mean(x, token_mask)
         return sequence.once(self.classifier(self.head(x))), outputs.hidden_states
 
     @property

@@ -161,8 +161,11 @@ class LongspanModel(LongspanPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        first_only: bool = False,
     ) -> BaseModelOutputWithPooling:
         """attention_mask and global_attention_mask: [B, N], nonzero = token, nonzero = global token.
+        first_only: last_hidden_state is [B, 1, C], of each row's first token; a packed encoder computes no other in its
+        last layer then.
 
         The states of padding are finite, reach nothing, and are not Hugging Face's where that lets padding look around.
         output_attentions raises NotImplementedError: no backend holds an N x N matrix.
@@ -175,15 +178,19 @@ class LongspanModel(LongspanPreTrainedModel):
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         token_mask = None if attention_mask is None else attention_mask.bool()
         global_mask = None if global_attention_mask is None else global_attention_mask.bool()
-        states = None
-        if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
+        states, first, sequence = None, None, self.embeddings.sequence
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if wants_states:
             states = self.encoder.hidden_states(x, token_mask, global_mask, position_ids=position_ids)
             x = states[-1]
+        elif first_only and isinstance(self.encoder, PackedEncoder):
+            first = self.encoder.first_tokens(x, token_mask, global_mask, position_ids=position_ids)  # [B, C]
         else:
             x = self.encoder(x, token_mask, global_mask, position_ids=position_ids)
-        pooled, sequence = None, self.embeddings.sequence
-        if self.pooler is not None:
-            pooled = sequence.once(self.pooler(sequence.first(x, token_mask)))
+        if first is None and (first_only or self.pooler is not None):
+            first = sequence.first(x, token_mask)
+        pooled = None if self.pooler is None else sequence.once(self.pooler(first))
+        x = first[:, None] if first_only and first is not None else x
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled, hidden_states=states)
 
 

@@ -149,29 +149,65 @@ class PackedEncoder(InferenceEncoder):
         """x itself and the state after every block; the last one is what `forward` gives (final norm included)."""
         return (x, *self._states(x, token_mask, global_mask, position_ids, backend, last_only=False))
 
+    def first_tokens(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        global_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """What `forward` gives for the first token of each row, [B, C], and 0 for a row without any."""
+        self._check(x)
+        states = x.new_zeros(len(x), self.config.width)
+        blocks: list[Any] = [*self.blocks]
+        last = blocks[-1]
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            work = self._begin(x, token_mask, global_mask, position_ids)
+            if work is not None:
+                for block, following in pairwise(blocks):
+                    block(work, following, self.final_norm, backend)
+                last.attend(work, backend, first_only=True)
+                sequences, rows = work.batch.first_tokens()
+                work.keep(rows, last.block)
+                last.finish(work, None, self.final_norm)
+                states[sequences] = work.stream[: len(rows)].to(states.dtype)
+        return states
+
     def _states(self, x, token_mask, global_mask, position_ids, backend, *, last_only: bool) -> list[Tensor]:
-        self.check_call(x)
-        if x.device.type != "cpu":
-            raise ValueError(f"this encoder is packed for the CPU; got an input on {x.device}")
-        count = len(self.blocks)
+        self._check(x)
         # Made outside of inference mode, so that a head may train on them.
         make = torch.empty_like if token_mask is None else torch.zeros_like
-        states = [make(x) for _ in range(1 if last_only else count)]
+        states = [make(x) for _ in range(1 if last_only else len(self.blocks))]
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            same_anywhere = all(depends_on_distance_only(block.pattern) for block in self.config.blocks)
-            batch = Ragged(x, token_mask, global_mask, from_place_zero=not same_anywhere)
-            if not batch.tokens:
+            work = self._begin(x, token_mask, global_mask, position_ids)
+            if work is None:
                 return states
-            work = Workspace(self.config, _dtype(self.precision), self.precision == "int8", batch, position_ids)
-            batch.take(x, work.stream[: batch.tokens])
             blocks: list[Any] = [*self.blocks, None]
-            for chunk in work.chunks:
-                blocks[0].begin(work, chunk, work.add(chunk, None, blocks[0].attention_norm, to_attention=True))
             for number, (block, following) in enumerate(pairwise(blocks)):
                 block(work, following, self.final_norm, backend)
                 if not last_only or following is None:
-                    batch.put(work.stream[: batch.tokens], states[0 if last_only else number])
+                    work.batch.put(work.stream[: work.batch.tokens], states[0 if last_only else number])
         return states
+
+    def _check(self, x: Tensor) -> None:
+        self.check_call(x)
+        if x.device.type != "cpu":
+            raise ValueError(f"this encoder is packed for the CPU; got an input on {x.device}")
+
+    def _begin(self, x, token_mask, global_mask, position_ids) -> Workspace | None:
+        """The rows of a call with the first layer's queries, keys and values; None where there are no tokens."""
+        same_anywhere = all(depends_on_distance_only(block.pattern) for block in self.config.blocks)
+        batch = Ragged(x, token_mask, global_mask, from_place_zero=not same_anywhere)
+        if not batch.tokens:
+            return None
+        work = Workspace(self.config, _dtype(self.precision), self.precision == "int8", batch, position_ids)
+        batch.take(x, work.stream[: batch.tokens])
+        block: Any = self.blocks[0]
+        for chunk in work.chunks:
+            block.begin(work, chunk, work.add(chunk, None, block.attention_norm, to_attention=True))
+        return work
 
 
 class PackedBlock(nn.Module):
@@ -224,6 +260,10 @@ class PackedBlock(nn.Module):
     def forward(self, work: Workspace, following: PackedBlock | None, final_norm: Norm | None, backend: str) -> None:
         """The layer, and the beginning of the one that follows."""
         self.attend(work, backend)
+        self.finish(work, following, final_norm)
+
+    def finish(self, work: Workspace, following: PackedBlock | None, final_norm: Norm | None) -> None:
+        """What follows attention, and the beginning of the next layer."""
         if self.rest is not None:
             self.rest(work.layer_rows(self.rest, self.block, None if following is None else following.block))
             return
@@ -247,10 +287,10 @@ class PackedBlock(nn.Module):
             rows.activate(product, self.config.activation, self.activation, inner, gated=self.config.gated)
         return self.ffn_out(inner, work.sum_of(chunk))
 
-    def attend(self, work: Workspace, backend: str) -> None:
-        """What each row reads from those of its sequence, in work.attended."""
+    def attend(self, work: Workspace, backend: str, *, first_only: bool = False) -> None:
+        """What each row, or the first of each sequence at least, reads from those of its sequence, in work.attended."""
         batch = work.batch
-        q, k, v, compute = work.attention(self.block, backend)
+        q, k, v, compute = work.attention(self.block, backend, first_only=first_only)
         compute()
         if batch.marked is None or (self.qkv_global is None and self.block.pattern == Full()):
             return

@@ -6,12 +6,13 @@ Shapes: B batch, N tokens, C model width, H heads, D head width, T rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from longspan import kernels
-from longspan.attention import Full, GlobalKeys, Pattern, SlidingWindow, attend
+from longspan.attention import DilatedSegments, Full, GlobalKeys, Pattern, SlidingWindow, attend
 from longspan.attention.backends.packed_sequences import Sequences, packed_attention
 
 
@@ -51,6 +52,13 @@ class Ragged:
     def tokens(self) -> int:
         return self.offsets[-1]
 
+    def first_tokens(self) -> tuple[list[int], list[int]]:
+        """(which sequences have a token, the row of the first one of each)."""
+        found = [(number, start) for number, (start, end) in enumerate(pairwise(self.offsets)) if start < end]
+        if self.seen is not None:
+            found = [(number, start + int(self.seen[start:].int().argmax())) for number, start in found]
+        return [number for number, _ in found], [row for _, row in found]
+
     def _rows_of(self, x: Tensor) -> Tensor:
         """x [B or 1, N, C] -> its rows [T, C]."""
         x = x.expand(self.shape[0], -1, -1)
@@ -79,23 +87,24 @@ class Ragged:
 
     def sequences(self) -> Iterator[tuple[int, int, Tensor | None, Tensor | None]]:
         """(first row, end, seen Bool[1, n] or None, marked Long[g] or None) of each sequence that is not empty."""
-        for start, end in zip(self.offsets, self.offsets[1:], strict=False):
+        for start, end in pairwise(self.offsets):
             if start < end:
                 seen = None if self.seen is None else self.seen[None, start:end]
                 marked = None if self.marked is None else self.marked[start:end].nonzero()[:, 0]
                 yield start, end, seen, marked if marked is not None and len(marked) else None
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str, out: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str, out: Tensor, *, first_only: bool
     ) -> Callable[[], None]:
         """Attention within each sequence, global tokens seen by all of it: from q, k and v to out, [T, H, D] each, at
-        every call."""
+        every call. first_only: no more is asked for than what each sequence's first token reads."""
         has_globals = self.marked is not None and pattern != Full()
         if backend == "auto" and self.seen is None and kernels.library() is not None:
             if has_globals not in self._sequences:
                 self._sequences[has_globals] = Sequences(self.offsets, self.marked if has_globals else None)
             try:
-                return packed_attention(q, k, v, self._sequences[has_globals], pattern, out=out)
+                queries = 1 if first_only and not isinstance(pattern, DilatedSegments) else None
+                return packed_attention(q, k, v, self._sequences[has_globals], pattern, out=out, queries=queries)
             except NotImplementedError:  # a pattern that the kernels do not know
                 pass
 

@@ -81,17 +81,27 @@ class Workspace:
         """[T, H*D]"""
         return _matrix(self._attended, len(self.stream), block.heads * block.head_width)
 
-    def attention(self, block: BlockConfig, backend: str) -> Attention:
-        """Attention of this block from `qkv` to `attended`."""
-        key = block.heads, block.head_width, block.pattern
+    def attention(self, block: BlockConfig, backend: str, *, first_only: bool) -> Attention:
+        """Attention of this block from `qkv` to `attended`. first_only: of each sequence's first token."""
+        key = block.heads, block.head_width, block.pattern, first_only
         if key not in self._attentions:
             tokens, shape = self.batch.tokens, (block.heads, block.head_width)
             attended = self.attended(block)
             attended[tokens:] = 0
             q, k, v = self.qkv(block)[:tokens].view(-1, 3, *shape).unbind(1)  # [T, H, D]
             out = attended[:tokens].view(-1, *shape)
-            self._attentions[key] = Attention(q, k, v, self.batch.attention(q, k, v, block.pattern, backend, out))
+            compute = self.batch.attention(q, k, v, block.pattern, backend, out, first_only=first_only)
+            self._attentions[key] = Attention(q, k, v, compute)
         return self._attentions[key]
+
+    def keep(self, rows: list[int], block: BlockConfig) -> None:
+        """From here on there are these rows alone, behind the attention of `block`."""
+        stream, attended = self.stream[rows], self.attended(block)[rows]
+        number = -(-len(rows) // ROW_STEP) * ROW_STEP
+        self.stream, self.chunks = self.stream[:number], _cut(number, ROWS_AT_ONCE)
+        self.stream[: len(rows)], self.attended(block)[: len(rows)] = stream, attended
+        self.layer_input = None if self.pre else self.stream
+        self._attentions, self._layer_rows = {}, {}
 
     def layer_rows(self, layer: Layer, block: BlockConfig, following: BlockConfig | None) -> LayerRows:
         """What `layer` reads and writes behind the attention of `block`; `following` is the block after it."""

@@ -48,7 +48,7 @@ class Reviews:
 
     output: folder of all steps. teacher, student: directory or hub name of the encoders that they begin as.
     teacher_rows: reviews of the training split that the teacher learns from. teacher_tokens: how much of a review it
-    reads while it learns or teaches.
+    reads while it learns.
     train_rows: reviews whose labels a student learns from first, in label_epochs passes. taught_rows: those of them
     that the teacher then explains, in epochs passes. max_tokens: how much of a review is read everywhere else.
     timed_rows: reviews of the test split on which the teacher is timed; it reads all of them in bf16 for its accuracy.
@@ -223,7 +223,8 @@ class Steps:
             batches = [collate(rows[first : first + 16]) for first in range(0, len(rows), 16)]
             heads, units = student.pruned
             small = prune(loaded.model, batches, Pruning(heads=heads, ffn=units, layers="global"))
-        self._distill(small, tokenizer, folder)
+        # What was cut has more to learn again; what has learnt the labels would forget at such a rate.
+        self._distill(small, tokenizer, folder, learning_rate=5e-5 if student.pruned is None else 1e-4)
         tokenizer.save_pretrained(folder / "model")
         return folder / "model"
 
@@ -243,19 +244,19 @@ class Steps:
         )
         train_classifier(small, tokenizer, train, dev, partial(self.task.metrics, "dev"), settings)
 
-    def _distill(self, small: Any, tokenizer: Any, folder: Path) -> None:
+    def _distill(self, small: Any, tokenizer: Any, folder: Path, *, learning_rate: float) -> None:
         _without_dropout(small)
         teacher, examples = self.teacher, self.task.examples("train")[: self.config.taught_rows]
         rows = Rows(
             tokenize(examples, tokenizer, self.config.max_tokens),
             DataCollatorWithPadding(tokenizer),
-            tokenize(examples, teacher.tokenizer, self.config.teacher_tokens),
+            tokenize(examples, teacher.tokenizer, self.config.max_tokens),
             DataCollatorWithPadding(teacher.tokenizer),
         )
         settings = Distillation(
             loss=DistillationLoss(logits=1.0, temperature=2.0, hard_labels=0.5),
             epochs=self.config.epochs,
-            learning_rate=1e-4,
+            learning_rate=learning_rate,
             bf16=True,
             seed=self.config.seed,
         )

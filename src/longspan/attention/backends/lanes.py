@@ -189,7 +189,8 @@ def plan_calls(
 ) -> tuple[Call, ...]:
     """The calls that compute a pattern.
 
-    shape: B, H, rows of q (N unless only some are given), N. layout: of the tensors of a forward or a backward pass.
+    shape: B, H, rows of q (N unless only some are given, or only so many of each packed sequence read), N. layout: of
+    the tensors of a forward or a backward pass.
     """
     batch, heads, queries, keys = shape
     if offsets is None:
@@ -200,7 +201,10 @@ def plan_calls(
     if isinstance(near, DilatedSegments):
         parts = [_segment_lanes(near, heads, rows, starts, lengths, *branch) for branch in near.branches]
     else:
-        parts = [_window_lanes(near, heads, rows, starts, lengths, None if queries == keys else queries)]
+        counts = lengths
+        if queries != keys:
+            counts = np.full(batch, queries) if offsets is None else np.minimum(lengths, queries)
+        parts = [_window_lanes(near, heads, rows, starts, lengths, counts)]
     calls = []
     for number, part in enumerate(parts):
         table = np.zeros((len(part.first), len(LANE_FIELDS)), np.int64)
@@ -240,7 +244,7 @@ def _settings(layout: tuple[Place, ...], width: int, scale: float, step: int, ac
 
 
 def _window_lanes(
-    near: Pattern | None, heads: int, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, queries: int | None
+    near: Pattern | None, heads: int, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, queries: np.ndarray
 ) -> _Lanes:
     """A lane for each sequence and head. `near` None sees no key: the key mask must hide them all."""
     sequences, head = np.repeat(np.arange(len(rows)), heads), np.tile(np.arange(heads), len(rows))
@@ -257,7 +261,7 @@ def _window_lanes(
         np.array([rows[sequences], head, starts[sequences]]).T,
         sequences,
         {
-            "queries": lengths if queries is None else queries,
+            "queries": queries[sequences],
             "keys": lengths,
             "before": before,
             "after": after,

@@ -193,6 +193,7 @@ class Seen(NamedTuple):
         str, Tensor
     ]  # by field: query_mask Bool[B, M], key_mask Bool[B, N], positions Long[B, M]; packed Bool[T]
     offsets: Offsets = None
+    queries: int | None = None  # so many of each packed sequence's first tokens read; None: all
 
 
 def _look(
@@ -345,6 +346,7 @@ def plan(rows: dict[str, Tensor], seen: Seen, scale: float) -> tuple[tuple[Call,
         (batch, heads, queries, width), keys = q.shape, k.shape[2]
     else:
         (queries, heads, width), keys, batch = q.shape, k.shape[0], 1
+        queries = queries if seen.queries is None else seen.queries
     places, addresses = [], np.zeros(len(FIELD), np.int64)
     for field, tensor in (rows | seen.masks).items():
         places.append(Place(field, tensor.dtype, *_strides(tensor, seen.offsets)))

@@ -15,7 +15,7 @@ from longspan import kernels
 from longspan.attention.backends.lanes import find_extra_keys, merges, split
 from longspan.attention.backends.native import Seen, check_kernels, compute, plan
 from longspan.attention.backends.operators import with_unit_stride
-from longspan.attention.patterns import Pattern
+from longspan.attention.patterns import DilatedSegments, Pattern
 
 
 class Sequences:
@@ -51,6 +51,7 @@ def packed_attention(
     *,
     out: Tensor,
     scale: float | None = None,
+    queries: int | None = None,
 ) -> Callable[[], None]:
     """Attention within each of the packed sequences, without gradients: described once, computed at every call.
 
@@ -58,6 +59,7 @@ def packed_attention(
     pattern: Full, SlidingWindow or, where no key is marked, DilatedSegments. Where it only looks back, marked keys too
     are seen only by what follows them.
     out: [T, H, D] of the same dtype, to write to. scale: factor on q @ k, D ** -0.5 by default.
+    queries: so many of each sequence's first tokens read, and the rows of the others stay as they are; None: all read.
 
     Raises ValueError for inputs that do not fit together, NotImplementedError where the kernels cannot run them.
     """
@@ -78,13 +80,15 @@ def packed_attention(
     merged = merges(halves.near)
     if merged and sequences.extra is not None:
         raise NotImplementedError("the kernels compute dilated_segments alone, not beside marked keys")
+    if queries is not None and (queries < 1 or isinstance(halves.near, DilatedSegments)):
+        raise NotImplementedError(f"at least one token of each sequence reads, and in segments all do; got {queries}")
     if out.shape != q.shape or out.dtype != q.dtype or not out.is_cpu or out.stride(2) != 1:
         raise ValueError(
             f"out must be {q.dtype} {list(q.shape)} on cpu with adjacent numbers in each row; "
             f"got {out.dtype} {list(out.shape)} on {out.device}, strides {list(out.stride())}"
         )
     factor = width**-0.5 if scale is None else scale
-    seen = Seen(halves.near, sequences.extra, halves.looks_back_only, sequences.masks, sequences.offsets)
+    seen = Seen(halves.near, sequences.extra, halves.looks_back_only, sequences.masks, sequences.offsets, queries)
     if not merged and all(tensor.stride(2) == 1 for tensor in (q, k, v)):
         return _Prepared({"q": q, "k": k, "v": v, "out": out}, seen, factor)
 
