@@ -236,6 +236,25 @@ def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
     assert all(load_file(path)["logits"].shape == (10, 3) for path in folder.iterdir())
 
 
+def test_a_teacher_on_a_cpu_reads_few_tokens_at_a_time(tmp_path, monkeypatch):
+    teacher, shapes = tiny_classifier(), []
+    expected = compute_teacher_outputs(teacher, ROWS.features, tmp_path / "at once", collate=pad)
+    monkeypatch.setattr("longspan.compression.teacher_outputs._TOKENS_ON_CPU", 40)
+
+    def collate(features):
+        batch = pad(features)
+        shapes.append(batch["input_ids"].shape)
+        return batch
+
+    found = compute_teacher_outputs(teacher, ROWS.features, tmp_path / "few", collate=collate)
+    assert sum(rows for rows, _ in shapes) == len(ROWS.features)
+    assert all(rows * tokens <= 40 for rows, tokens in shapes) and max(rows for rows, _ in shapes) > 1
+    number = range(len(ROWS.features))
+    mask = pad(ROWS.features)["attention_mask"].bool()
+    logits = (outputs.batch(number, mask)["logits"] for outputs in (found, expected))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
 def test_teacher_outputs_that_are_not_finite_are_refused(tmp_path):
     teacher = tiny_classifier()
     with torch.no_grad():

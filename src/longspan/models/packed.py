@@ -156,7 +156,6 @@ class PackedEncoder(InferenceEncoder):
         global_mask: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
-        backend: str = "auto",
     ) -> Tensor:
         """What `forward` gives for the first token of each row, [B, C], and 0 for a row without any."""
         self._check(x)
@@ -167,8 +166,8 @@ class PackedEncoder(InferenceEncoder):
             work = self._begin(x, token_mask, global_mask, position_ids)
             if work is not None:
                 for block, following in pairwise(blocks):
-                    block(work, following, self.final_norm, backend)
-                last.attend(work, backend, first_only=True)
+                    block(work, following, self.final_norm, "auto")
+                last.attend(work, "auto", first_only=True)
                 sequences, rows = work.batch.first_tokens()
                 work.keep(rows, last.block)
                 last.finish(work, None, self.final_norm)

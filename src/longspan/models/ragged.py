@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan import kernels
-from longspan.attention import DilatedSegments, Full, GlobalKeys, Pattern, SlidingWindow, attend
+from longspan.attention import Full, GlobalKeys, Pattern, SlidingWindow, attend
 from longspan.attention.backends.packed_sequences import Sequences, packed_attention
 
 
@@ -103,7 +103,7 @@ class Ragged:
             if has_globals not in self._sequences:
                 self._sequences[has_globals] = Sequences(self.offsets, self.marked if has_globals else None)
             try:
-                queries = 1 if first_only and not isinstance(pattern, DilatedSegments) else None
+                queries = 1 if first_only else None
                 return packed_attention(q, k, v, self._sequences[has_globals], pattern, out=out, queries=queries)
             except NotImplementedError:  # a pattern that the kernels do not know
                 pass

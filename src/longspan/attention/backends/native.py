@@ -193,7 +193,7 @@ class Seen(NamedTuple):
         str, Tensor
     ]  # by field: query_mask Bool[B, M], key_mask Bool[B, N], positions Long[B, M]; packed Bool[T]
     offsets: Offsets = None
-    queries: int | None = None  # so many of each packed sequence's first tokens read; None: all
+    queries: int | None = None  # how many of each packed sequence's first tokens need to read; None: all
 
 
 def _look(

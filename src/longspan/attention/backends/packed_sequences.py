@@ -15,7 +15,7 @@ from longspan import kernels
 from longspan.attention.backends.lanes import find_extra_keys, merges, split
 from longspan.attention.backends.native import Seen, check_kernels, compute, plan
 from longspan.attention.backends.operators import with_unit_stride
-from longspan.attention.patterns import DilatedSegments, Pattern
+from longspan.attention.patterns import Pattern
 
 
 class Sequences:
@@ -59,7 +59,7 @@ def packed_attention(
     pattern: Full, SlidingWindow or, where no key is marked, DilatedSegments. Where it only looks back, marked keys too
     are seen only by what follows them.
     out: [T, H, D] of the same dtype, to write to. scale: factor on q @ k, D ** -0.5 by default.
-    queries: so many of each sequence's first tokens read, and the rows of the others stay as they are; None: all read.
+    queries: how many of each sequence's first tokens need to read; None: all. Of the others nothing is said in `out`.
 
     Raises ValueError for inputs that do not fit together, NotImplementedError where the kernels cannot run them.
     """
@@ -80,8 +80,8 @@ def packed_attention(
     merged = merges(halves.near)
     if merged and sequences.extra is not None:
         raise NotImplementedError("the kernels compute dilated_segments alone, not beside marked keys")
-    if queries is not None and (queries < 1 or isinstance(halves.near, DilatedSegments)):
-        raise NotImplementedError(f"at least one token of each sequence reads, and in segments all do; got {queries}")
+    if queries is not None and queries < 1:
+        raise ValueError(f"queries, the tokens of each sequence that read, must be at least 1; got {queries}")
     if out.shape != q.shape or out.dtype != q.dtype or not out.is_cpu or out.stride(2) != 1:
         raise ValueError(
             f"out must be {q.dtype} {list(q.shape)} on cpu with adjacent numbers in each row; "
