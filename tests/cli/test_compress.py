@@ -73,9 +73,25 @@ def test_a_classifier_is_distilled_and_pruned(folder, capsys):
     assert code == 0 and "4 x 24, 4 x 24, 4 x 24" in out, err
 
 
+def test_a_classifier_hears_ngrams(folder, capsys):
+    train = ("--train", folder / "rows.csv", "--buckets", 512)
+    code, out, err = run(capsys, "add-ngrams", folder / "teacher", folder / "alone", *train)
+    assert code == 0 and "dev before: accuracy" in out, err
+    code, out, err = run(
+        capsys, "add-ngrams", folder / "teacher", folder / "taught", *train, "--teacher", folder / "teacher"
+    )
+    assert code == 0 and "dev after: accuracy 1.0000" in out, err  # one word tells the label
+    assert list((folder / "taught-teacher").glob("*/*.safetensors"))
+    heard = LongspanForSequenceClassification.from_pretrained(folder / "taught")
+    assert heard.ngrams.weight.shape == (512, 2) and heard.config.id2label == {0: "city", 1: "water"}
+    code, _, err = run(capsys, "add-ngrams", folder / "teacher", folder / "alone", *train)
+    assert code == 2 and "exists and is not an empty directory" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["add-ngrams", "teacher", "new"], "name either a --task or a file"),
         (["prune", "teacher", "new", "--heads", "0", "--train", "rows.csv"], "heads must be at least 1 a layer"),
         (["prune", "teacher", "new", "--heads", "9", "--train", "rows.csv"], "cannot keep 9 heads a layer"),
         (["prune", "teacher", "new", "--train", "rows.csv"], "nothing to prune"),

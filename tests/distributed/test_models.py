@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from longspan import accelerate
 from longspan.attention import Full, SlidingWindow
+from longspan.compression.ngrams import with_ngrams
 from longspan.distributed import SequenceShards, shard
 from longspan.models import LongNetModel, LongspanForSpanClassification
 from longspan.models.checkpoints import translate_config
@@ -270,6 +271,9 @@ def made_in_double(family: str, task: str | None, **changes) -> nn.Module:
     if task == "spans":
         torch.manual_seed(3)
         model = LongspanForSpanClassification(translate_config(tiny_config(family)))
+    elif task == "n-grams":
+        table = torch.randn(97, 2, generator=torch.Generator().manual_seed(4))
+        model = with_ngrams(bert_model(family, "sequence_classification"), table)
     else:
         model = translated(bert_model(family, task, **changes), task)
     return model.double().eval()
@@ -290,6 +294,7 @@ def pooled_heads(rank: int, world: int) -> None:
         ("bert", None, {}, {}),  # the pooler
         ("bert", "sequence_classification", {"labels": one_label}, {}),
         ("roberta", "sequence_classification", {"labels": one_label}, {}),
+        ("bert", "n-grams", {"labels": one_label}, {}),  # with pairs across the ranks' edges
         ("longformer", "sequence_classification", {"labels": one_label}, {}),  # whose first token is global
         ("modernbert", "sequence_classification", {"labels": one_label}, {"classifier_pooling": "mean"}),
         ("modernbert", "sequence_classification", {"labels": one_label}, {"classifier_pooling": "cls"}),

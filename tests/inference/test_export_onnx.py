@@ -7,6 +7,7 @@ import torch
 from tests.models.tiny import OURS, batch, tiny_config, tiny_model, translated
 
 from longspan.attention import DilatedSegments, Full, SlidingWindow
+from longspan.compression.ngrams import with_ngrams
 from longspan.models.checkpoints import translate_config
 from longspan.models.config import LongspanConfig
 from longspan.models.embeddings import EmbeddingsConfig
@@ -116,6 +117,17 @@ def test_pruned_layers_of_different_widths_and_uncommon_windows_have_a_graph(tmp
             "global_attention_mask": (torch.arange(max(lengths)) % 7 == 2).long().expand(len(lengths), -1)
         }
         assert max(differences(model, onnx_model, inputs)) < 1e-4
+
+
+def test_ngrams_have_a_graph(tmp_path):
+    table = torch.randn(53, 3, generator=torch.Generator().manual_seed(0))
+    block = BlockConfig(heads=2, head_width=6, ffn_width=8)
+    model = with_ngrams(model_of_blocks(block, kind=LongspanForSequenceClassification), table)
+    for precision, tolerance in (("fp32", 1e-4), ("int8", 0.2)):
+        done = export(model, tmp_path / precision, precision=precision)
+        for lengths in ([16], [30, 1, 7], [1]):
+            found = differences(model, OnnxModel(done.out, threads=1), batch(model.config, lengths))
+            assert max(found) < tolerance
 
 
 def test_spans_have_a_graph(tmp_path):

@@ -36,7 +36,12 @@ def config(tokenizer, tmp_path, monkeypatch):
         teacher_tokens=32,
         max_tokens=32,
         train_rows=48,
-        students=(Student(name="1 layer", layers=1), Student(name="1 layer, cut", layers=1, pruned=(2, 16))),
+        students=(
+            Student(name="2 layers", layers=2),
+            Student(name="1 layer", layers=1),
+            Student(name="1 layer, cut", layers=1, pruned=(2, 16)),
+            Student(name="1 layer, cut, n-grams", layers=1, pruned=(2, 16), ngrams=True),
+        ),
         instances=1,
     )
 
@@ -47,12 +52,16 @@ def test_a_recipe_makes_every_row_and_goes_on_where_it_stopped(config, tmp_path,
     assert [(row.name, row.engine) for row in rows] == [
         ("teacher, padded to the longest", "huggingface fp32"),
         ("teacher, own length", "huggingface fp32"),
-        ("1 layer", "longspan fp32"),
-        ("1 layer", "longspan int8"),
+        ("2 layers", "longspan fp32"),
+        ("2 layers", "longspan int8"),
+        ("2 layers, 1 instances", "longspan int8"),
+        ("2 layers, 1 instances", "onnx int8"),
         ("1 layer, 1 instances", "longspan int8"),
         ("1 layer, 1 instances", "onnx int8"),
         ("1 layer, cut, 1 instances", "longspan int8"),
         ("1 layer, cut, 1 instances", "onnx int8"),
+        ("1 layer, cut, n-grams, 1 instances", "longspan int8"),
+        ("1 layer, cut, n-grams, 1 instances", "onnx int8"),
     ]
     assert rows[0].speedup == rows[0].of_teacher == 1
     for row in rows:
@@ -60,6 +69,7 @@ def test_a_recipe_makes_every_row_and_goes_on_where_it_stopped(config, tmp_path,
         assert row.of_teacher == pytest.approx(row.accuracy / rows[0].accuracy)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [row["ms_per_review"] for row in report["rows"]] == [row.ms_per_review for row in rows]
+    assert report["ngrams_accuracy"] > 0.9  # one word tells the label
     cut = json.loads((tmp_path / "run" / "1-layer-cut" / "model" / "config.json").read_text())
     assert cut["encoder"]["blocks"][0]["heads"] == 2 and cut["encoder"]["blocks"][0]["ffn_width"] == 16
 
@@ -67,10 +77,16 @@ def test_a_recipe_makes_every_row_and_goes_on_where_it_stopped(config, tmp_path,
         raise AssertionError("a finished step was done again")
 
     monkeypatch.setattr(recipe, "distill", never)
+    monkeypatch.setattr(recipe, "fit_ngrams", never)
     again = reviews(config)
     assert [(row.name, row.accuracy) for row in again] == [(row.name, row.accuracy) for row in rows]
 
 
-def test_a_pruned_student_needs_a_whole_one_to_be_cut_from(config):
-    with pytest.raises(ValueError, match="'2 layers, cut' is cut from a student of 2 layers, and there is none"):
-        replace(config, students=(Student(name="2 layers, cut", layers=2, pruned=(2, 16)),))
+def test_a_student_is_made_of_one_that_is_there(config):
+    for student, what in (
+        (Student(name="cut", layers=3, pruned=(2, 16)), "of 3 whole layers"),
+        (Student(name="cut", layers=1), "of 3 whole layers"),
+        (Student(name="cut", layers=3, ngrams=True), "of its shape without n-grams"),
+    ):
+        with pytest.raises(ValueError, match=f"'cut' is made of a student {what}, and there is none"):
+            replace(config, students=(student, Student(name="other", layers=3, pruned=(1, 16))))

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from longspan import __version__
 from longspan.cli import (
+    add_ngrams,
     answer,
     bench,
     classify,
@@ -68,6 +69,7 @@ def _options(
 ) -> None: ...
 
 
+app.command("add-ngrams")(add_ngrams.add_ngrams)
 app.command("answer")(answer.answer)
 app.command("classify")(classify.classify)
 app.command("convert")(convert.convert)

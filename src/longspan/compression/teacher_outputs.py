@@ -51,6 +51,12 @@ class TeacherOutputs:
     def path(self, shard: int) -> Path:
         return self.folder / f"rows-{shard:05d}.safetensors"
 
+    def logits(self) -> Tensor:
+        """Of all rows, fp32[n, L], in their order."""
+        shards = range((len(self) + _ROWS_A_SHARD - 1) // _ROWS_A_SHARD)
+        sorted_rows = torch.cat([self._shard(shard).file.get_tensor("logits") for shard in shards]).float()
+        return sorted_rows[[self._rank[row] for row in range(len(self))]]
+
     def batch(self, rows: Sequence[int], token_mask: Tensor) -> dict[str, Tensor]:
         """The readings of these rows, padded as token_mask Bool[B, N] says; fp32 whatever they are kept in."""
         found: dict[str, list[Tensor]] = {name: [] for name in self.names}

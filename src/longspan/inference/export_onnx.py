@@ -181,6 +181,8 @@ class _Graph(nn.Module):
         elif pooling == "mean":
             x = torch.where(token_mask[..., None], x, 0).sum(1) / token_mask.sum(1, keepdim=True).clamp(min=1)
         logits = model.classifier(model.head(x))
+        if self.task == "sequence_classification" and model.ngrams is not None:
+            logits = logits + model.ngrams(ids, token_mask)
         if self.task == "question_answering":
             return logits[..., 0], logits[..., 1]
         return (logits.view(-1, choices),) if self.task == "multiple_choice" else (logits,)

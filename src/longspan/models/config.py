@@ -64,6 +64,7 @@ class LongspanConfig(PreTrainedConfig):
     family: where the weights came from ("bert", ...): the names they go back to. Nothing in the model reads it.
     trained_tokens: the longest input the checkpoint was trained on; advice that nothing enforces.
     precision: what the encoder of a packed checkpoint computes in (`longspan quantize`); None: it is not packed.
+    ngram_buckets: rows of the table by which a classifier of sequences also hears n-grams (`NgramLogits`); 0: none.
     """
 
     model_type = "longspan"
@@ -75,6 +76,7 @@ class LongspanConfig(PreTrainedConfig):
     family: str = "bert"
     trained_tokens: int | None = None
     precision: str | None = None
+    ngram_buckets: int = 0
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from longspan.models.config import LongspanConfig
 from longspan.models.model import Head, LongspanModel, LongspanPreTrainedModel
+from longspan.models.ngrams import NgramLogits
 from longspan.models.sequence import WholeSequence
 from longspan.models.trained_linear import TrainedLinear
 
@@ -166,6 +167,20 @@ class LongspanForSequenceClassification(_TaskModel):
 
     task = "sequence_classification"
     output_class = SequenceClassifierOutput
+
+    def __init__(self, config: LongspanConfig):
+        super().__init__(config)
+        self.ngrams = NgramLogits(config.ngram_buckets, self.num_labels or 0) if config.ngram_buckets else None
+
+    def read(self, input_ids: Tensor | None, attention_mask: Tensor | None, *others: Any) -> Any:
+        logits, states = super().read(input_ids, attention_mask, *others)
+        if self.ngrams is None:
+            return logits, states
+        if input_ids is None:
+            raise ValueError("this model also reads n-grams, which inputs_embeds do not show: pass input_ids")
+        whole = self.sequence.whole
+        said = self.ngrams(whole(input_ids), None if attention_mask is None else whole(attention_mask.bool()))
+        return logits + self.sequence.once(said).to(logits.dtype), states
 
     def loss(self, logits, labels, num_items_in_batch):
         loss = self.loss_function(

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import DataCollatorWithPadding
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from longspan.compression.distill import Distillation, Rows, distill
 from longspan.compression.distillation_loss import DistillationLoss
+from longspan.compression.ngrams import fit_ngrams, ngram_logits, targets_of, weight_beside, with_ngrams
 from longspan.compression.prune import Pruning, prune
 from longspan.compression.students import student_of
+from longspan.compression.teacher_outputs import compute_teacher_outputs
 from longspan.inference.run_folder import write_whole
 from longspan.models.classifiers import Classifier, load_classifier
+from longspan.models.convert import whole_or_absent
 from longspan.tasks.measure import Measurement, evaluate_task
 from longspan.tasks.packaged import imdb
 from longspan.tasks.task import Task, tokenize
@@ -34,12 +38,14 @@ CALIBRATION_ROWS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """layers: of the small encoder, at even distances. pruned: (heads, feed-forward units) a layer, on average, kept of
-    the trained student with as many layers; None for all of them."""
+    """layers: of the small encoder: at even distances of the one that it starts as, or the lowest of a deeper student
+    that has learnt. pruned: (heads, feed-forward units) a layer, on average, kept of the trained student with as many
+    layers; None for all of them. ngrams: whether the student so trained also hears n-grams."""
 
     name: str
     layers: int
     pruned: tuple[int, int] | None = None
+    ngrams: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +79,34 @@ class Reviews:
         Student(name="6 layers", layers=6),
         Student(name="6 layers, half pruned", layers=6, pruned=(6, 768)),
         Student(name="6 layers, pruned to a quarter", layers=6, pruned=(3, 384)),
+        Student(name="3 layers", layers=3),
+        Student(name="3 layers, pruned to a quarter", layers=3, pruned=(3, 384)),
+        Student(name="6 layers, n-grams", layers=6, ngrams=True),
+        Student(name="6 layers, pruned to a quarter, n-grams", layers=6, pruned=(3, 384), ngrams=True),
+        Student(name="3 layers, pruned to a quarter, n-grams", layers=3, pruned=(3, 384), ngrams=True),
     )
     instances: int = 2
     seed: int = 0
 
     def __post_init__(self):
-        whole = {student.layers for student in self.students if student.pruned is None}
         for student in self.students:
-            if student.layers not in whole:
-                raise ValueError(
-                    f"{student.name!r} is cut from a student of {student.layers} layers, and there is none"
-                )
+            self.source_of(student)
+
+    def source_of(self, student: Student) -> Student | None:
+        """The trained student that this one is made of; None for the deepest, which starts as `self.student`."""
+        deepest = max(one.layers for one in self.students)
+        if student.ngrams:
+            wanted, what = replace(student, ngrams=False), "of its shape without n-grams"
+        elif student.pruned is not None:
+            wanted, what = replace(student, pruned=None), f"of {student.layers} whole layers"
+        elif student.layers < deepest:
+            wanted, what = replace(student, layers=deepest), f"of {deepest} whole layers"
+        else:
+            return None
+        for one in self.students:
+            if replace(one, name=wanted.name) == wanted:
+                return one
+        raise ValueError(f"{student.name!r} is made of a student {what}, and there is none")
 
     @classmethod
     def quick(cls, output: str, **changes: Any) -> Reviews:
@@ -143,14 +166,17 @@ def reviews(config: Reviews, *, tell: Callable[[str], None] = lambda _: None) ->
             accuracy,
         )
     for student, folder in students:
-        engines = ("longspan:fp32", "longspan:int8") if student.pruned is None else ()
+        engines = ("longspan:fp32", "longspan:int8") if student == config.students[0] else ()
         for engine in engines:
             found = steps.measured(folder, engine, threads=config.instances)
             add(student.name, found, found.metrics["accuracy"])
         for engine in ("longspan:int8", "onnx:int8"):
             found = steps.measured(folder, engine, instances=config.instances)
             add(f"{student.name}, {config.instances} instances", found, found.metrics["accuracy"])
-    report = {"config": asdict(config), "rows": [asdict(row) for row in rows]}
+    report: dict[str, Any] = {"config": asdict(config), "rows": [asdict(row) for row in rows]}
+    if any(student.ngrams for student in config.students):
+        report["ngrams_accuracy"] = alone = steps.ngrams_accuracy()
+        tell(f"n-grams without an encoder: accuracy {alone:.4f}")
     write_whole(Path(config.output) / "report.json", json.dumps(report, indent=2) + "\n")
     return rows
 
@@ -210,21 +236,29 @@ class Steps:
         if (folder / "model").exists():
             return folder / "model"
         self.tell(f"student: {student.name}")
-        if student.pruned is None:
-            loaded = load_classifier(self.config.student, self.task.labels, seed=self.config.seed)
-            small, tokenizer = student_of(loaded.model, student.layers), loaded.tokenizer
+        source = self.config.source_of(student)
+        start = self.config.student if source is None else self.student(source)
+        loaded = load_classifier(start, self.task.labels, seed=self.config.seed)
+        small, tokenizer = loaded.model, loaded.tokenizer
+        if source is None:
+            small = student_of(small, student.layers)
             self.learn_labels(small, tokenizer, folder.with_name(f"{folder.name}-labels"))
+        elif student.ngrams:
+            with whole_or_absent(folder / "model") as written:
+                self._with_ngrams(small, tokenizer).save_pretrained(written)
+                tokenizer.save_pretrained(written)
+            return folder / "model"
+        elif student.pruned is None:
+            small = student_of(small, range(1, 1 + student.layers))
         else:
-            whole = next(one for one in self.config.students if one.layers == student.layers and one.pruned is None)
-            loaded = load_classifier(self.student(whole), self.task.labels)
-            tokenizer, collate = loaded.tokenizer, DataCollatorWithPadding(loaded.tokenizer)
+            collate = DataCollatorWithPadding(tokenizer)
             examples = self.task.examples("train")[:CALIBRATION_ROWS]
             rows = tokenize(examples, tokenizer, self.config.max_tokens)
             batches = [collate(rows[first : first + 16]) for first in range(0, len(rows), 16)]
             heads, units = student.pruned
-            small = prune(loaded.model, batches, Pruning(heads=heads, ffn=units, layers="global"))
+            small = prune(small, batches, Pruning(heads=heads, ffn=units, layers="global"))
         # What was cut has more to learn again; what has learnt the labels would forget at such a rate.
-        self._distill(small, tokenizer, folder, learning_rate=5e-5 if student.pruned is None else 1e-4)
+        self._distill(small, tokenizer, folder, learning_rate=5e-5 if source is None else 1e-4)
         tokenizer.save_pretrained(folder / "model")
         return folder / "model"
 
@@ -244,15 +278,46 @@ class Steps:
         )
         train_classifier(small, tokenizer, train, dev, partial(self.task.metrics, "dev"), settings)
 
+    @cached_property
+    def ngrams(self) -> Tensor:
+        """What tokens and pairs of them say, as the labels and the teacher would have it."""
+        folder = self.folder / "ngrams"
+        if not folder.exists():
+            self.tell("n-grams")
+            rows = self._taught_rows(self._tokenizer)
+            features, collate = rows.for_teacher
+            taught = compute_teacher_outputs(self.teacher.model, features, self._cache, collate=collate, bf16=True)
+            labels = [row["labels"] for row in rows.features]
+            targets = targets_of(labels, len(self.task.labels), taught.logits().numpy())
+            table = fit_ngrams(rows.features, targets)
+            with whole_or_absent(folder) as written:
+                save_file({"table": table}, written / "table.safetensors")
+        return load_file(folder / "table.safetensors")["table"]
+
+    def ngrams_accuracy(self) -> float:
+        """Of the n-grams alone, on the test split."""
+        rows = tokenize(self.task.examples("test"), self._tokenizer, self.config.max_tokens)
+        return self.task.metrics("test", ngram_logits(self.ngrams, rows))["accuracy"]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Of all students."""
+        return AutoTokenizer.from_pretrained(self.config.student)
+
+    @property
+    def _cache(self) -> Path:
+        return self.folder / "teacher-outputs"
+
+    def _with_ngrams(self, model: Any, tokenizer: Any) -> Any:
+        """The student with n-grams beside it, as loud as the dev split would have them."""
+        dev = tokenize(self.task.examples("dev"), tokenizer, self.config.max_tokens)
+        logits = predict_logits(model, dev, tokenizer, bf16=True)
+        weight = weight_beside(logits, ngram_logits(self.ngrams, dev), [row["labels"] for row in dev])
+        return with_ngrams(model, weight * self.ngrams)
+
     def _distill(self, small: Any, tokenizer: Any, folder: Path, *, learning_rate: float) -> None:
         _without_dropout(small)
-        teacher, examples = self.teacher, self.task.examples("train")[: self.config.taught_rows]
-        rows = Rows(
-            tokenize(examples, tokenizer, self.config.max_tokens),
-            DataCollatorWithPadding(tokenizer),
-            tokenize(examples, teacher.tokenizer, self.config.max_tokens),
-            DataCollatorWithPadding(teacher.tokenizer),
-        )
+        rows = self._taught_rows(tokenizer)
         settings = Distillation(
             loss=DistillationLoss(logits=1.0, temperature=2.0, hard_labels=0.5),
             epochs=self.config.epochs,
@@ -265,7 +330,17 @@ class Steps:
         def evaluate(model: Any) -> dict[str, float]:
             return self.task.metrics("dev", predict_logits(model, dev, tokenizer, bf16=True))
 
-        distill(teacher.model, small, rows, folder, settings, evaluate=evaluate, cache=self.folder / "teacher-outputs")
+        distill(self.teacher.model, small, rows, folder, settings, evaluate=evaluate, cache=self._cache)
+
+    def _taught_rows(self, tokenizer: Any) -> Rows:
+        """The reviews that the teacher explains, for it and for a student."""
+        teacher, examples = self.teacher, self.task.examples("train")[: self.config.taught_rows]
+        return Rows(
+            tokenize(examples, tokenizer, self.config.max_tokens),
+            DataCollatorWithPadding(tokenizer),
+            tokenize(examples, teacher.tokenizer, self.config.max_tokens),
+            DataCollatorWithPadding(teacher.tokenizer),
+        )
 
     def measured(
         self,

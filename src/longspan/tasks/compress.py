@@ -1,4 +1,5 @@
-"""Checkpoints of classifiers made small on a task: pruned on its training split, or distilled into a student."""
+"""Checkpoints of classifiers made small on a task: pruned on its training split, or distilled into a student; and
+helped by n-grams."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import DataCollatorWithPadding
 
 from longspan.compression.distill import Distillation, Rows, distill
+from longspan.compression.ngrams import BUCKETS, fit_ngrams, ngram_logits, targets_of, weight_beside, with_ngrams
 from longspan.compression.prune import Pruning, prune
 from longspan.compression.students import student_of
+from longspan.compression.teacher_outputs import compute_teacher_outputs
+from longspan.inference.evidence import native_precision
 from longspan.models.classifiers import load_classifier
 from longspan.models.convert import as_ours, refuse_existing, whole_or_absent
 from longspan.models.packed import Precision
@@ -133,4 +138,64 @@ def distill_on_task(
         parameters_after=trained.num_parameters(),
         before=task.metrics("dev", predict_logits(loaded.model, their_dev, loaded.tokenizer)),
         after=judge(trained),
+    )
+
+
+def add_ngrams_on_task(
+    source: str | Path,
+    task: Task,
+    out: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    cache: str | Path | None = None,
+    buckets: int = BUCKETS,
+    max_tokens: int | None = None,
+) -> Smaller:
+    """Writes a copy of a classifier that also hears n-grams, and its tokenizer, to `out`, whole or not at all.
+
+    The n-grams learn from the training split's labels and from what a teacher, a directory or hub name, says of it; how
+    loud they are, from dev. cache: folder of teacher outputs, of a killed call or of `distill_on_task`; None: beside
+    `out`, named after it.
+    Raises FileExistsError when `out` holds something, ValueError for a task that is not one label for each row, and
+    what `load_classifier`, `compute_teacher_outputs` and `fit_ngrams` raise.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    if buckets < 1:
+        raise ValueError(f"buckets must be at least 1; got {buckets}")
+    train, dev = task.examples("train"), task.examples("dev")
+    loaded = load_classifier(source, task.labels, max_tokens=max_tokens, spans=bool(train[0].spans))
+    model = with_ngrams(loaded.model, torch.zeros(1, len(task.labels)))  # refuses what cannot hear them
+    taught = None
+    if teacher is not None:
+        theirs = load_classifier(teacher, task.labels, max_tokens=max_tokens)
+        taught = (
+            compute_teacher_outputs(
+                theirs.model,
+                tokenize(train, theirs.tokenizer, theirs.max_tokens),
+                out.with_name(f"{out.name}-teacher") if cache is None else cache,
+                collate=DataCollatorWithPadding(theirs.tokenizer),
+                bf16=native_precision(theirs.model.device) == "bf16",
+            )
+            .logits()
+            .numpy()
+        )
+    features, judged = (tokenize(part, loaded.tokenizer, loaded.max_tokens) for part in (train, dev))
+    table = fit_ngrams(
+        features, targets_of([row["labels"] for row in features], len(task.labels), taught), buckets=buckets
+    )
+    before = predict_logits(model, judged, loaded.tokenizer)
+    said = ngram_logits(table, judged)
+    table = table * weight_beside(before, said, [row["labels"] for row in judged])
+    helped = with_ngrams(loaded.model, table)
+    with whole_or_absent(out) as folder:
+        helped.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    return Smaller(
+        out=out,
+        shape=tuple((block.heads, block.ffn_width) for block in helped.config.encoder_config.blocks),
+        parameters_before=loaded.model.num_parameters(),
+        parameters_after=helped.num_parameters(),
+        before=task.metrics("dev", before),
+        after=task.metrics("dev", predict_logits(helped, judged, loaded.tokenizer)),
     )
