@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from longspan.inference.cores import allowed_cores
@@ -100,24 +102,19 @@ def open_engine(
             yield Engine(**described, precision=session.precision, logits=_on_sessions(sessions))
         return
     precision = str(precision or packed or ENGINES[name][0])
-    wanted: Any = precision if name == "longspan" else None  # what `accelerate` takes
+    load = partial(_Classifier, source, name, precision)
     if instances > 1:
-        with WorkerPool(
-            str(source), instances=instances, threads_per_instance=threads_per_instance, precision=wanted
-        ) as pool:
+        with WorkerPool(load, instances=instances, threads_per_instance=threads_per_instance) as pool:
 
             def in_worker(batch: Batch) -> NDArray[np.float32]:
-                return next(pool.map([dict(batch)])).logits.float().numpy()
+                return next(pool.map([dict(batch)], method="logits"))
 
             yield Engine(**described, precision=precision, logits=in_worker)
         return
-    model = _load(source, config, name).eval()
-    if wanted is not None:
-        accelerate(model, wanted)
+    classifier = load()
 
-    @torch.inference_mode()
     def here(batch: Batch) -> NDArray[np.float32]:
-        return model(**{key: torch.from_numpy(value) for key, value in batch.items()}).logits.float().numpy()
+        return classifier.logits(**{key: torch.from_numpy(value) for key, value in batch.items()})
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads_per_instance)
@@ -136,12 +133,23 @@ def _check_cores(instances: int, threads: int) -> None:
         )
 
 
-def _load(source: str | Path, config: Any, name: str) -> Any:
-    kind: Any = AutoModelForSequenceClassification
-    if name == "longspan":
-        spans = LongspanForSpanClassification.__name__ in (config.architectures or ())
-        kind = LongspanForSpanClassification if spans else LongspanForSequenceClassification
-    return kind.from_pretrained(source, dtype=torch.float32)
+class _Classifier:
+    """The model of an engine, in this process or a worker's."""
+
+    def __init__(self, source: str | Path, name: str, precision: Any):
+        kind: Any = AutoModelForSequenceClassification
+        if name == "longspan":
+            architectures = AutoConfig.from_pretrained(source).architectures or ()
+            spans = LongspanForSpanClassification.__name__ in architectures
+            kind = LongspanForSpanClassification if spans else LongspanForSequenceClassification
+        self.model = kind.from_pretrained(source, dtype=torch.float32).eval()
+        if name == "longspan":
+            accelerate(self.model, precision)
+
+    @torch.inference_mode()
+    def logits(self, **batch: Tensor) -> NDArray[np.float32]:
+        """[B, L], as an array: to unpack a model's whole output takes who waits for a worker six times as long."""
+        return self.model(**batch).logits.float().numpy()
 
 
 def _exported(source: str | Path, folder: Path, precision: str | None) -> Path:

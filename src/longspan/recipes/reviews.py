@@ -56,7 +56,8 @@ class Reviews:
     teacher_rows: reviews of the training split that the teacher learns from. teacher_tokens: how much of a review it
     reads while it learns.
     train_rows: reviews whose labels a student learns from first, in label_epochs passes. taught_rows: those of them
-    that the teacher then explains, in epochs passes. max_tokens: how much of a review is read everywhere else.
+    that the teacher then explains, in epochs passes, or cut_epochs where the student was cut.
+    max_tokens: how much of a review is read everywhere else.
     timed_rows: reviews of the test split on which the teacher is timed; it reads all of them in bf16 for its accuracy.
     instances: of a student that run side by side, one thread each; the other rows have as many threads.
     """
@@ -75,15 +76,15 @@ class Reviews:
     timed_rows: int = 100
     max_tokens: int = 512
     epochs: float = 3.0
+    cut_epochs: float = 3.0
     students: tuple[Student, ...] = (
         Student(name="6 layers", layers=6),
         Student(name="6 layers, half pruned", layers=6, pruned=(6, 768)),
-        Student(name="6 layers, pruned to a quarter", layers=6, pruned=(3, 384)),
         Student(name="3 layers", layers=3),
-        Student(name="3 layers, pruned to a quarter", layers=3, pruned=(3, 384)),
+        Student(name="3 layers, pruned to a third", layers=3, pruned=(4, 512)),
         Student(name="6 layers, n-grams", layers=6, ngrams=True),
-        Student(name="6 layers, pruned to a quarter, n-grams", layers=6, pruned=(3, 384), ngrams=True),
-        Student(name="3 layers, pruned to a quarter, n-grams", layers=3, pruned=(3, 384), ngrams=True),
+        Student(name="6 layers, half pruned, n-grams", layers=6, pruned=(6, 768), ngrams=True),
+        Student(name="3 layers, pruned to a third, n-grams", layers=3, pruned=(4, 512), ngrams=True),
     )
     instances: int = 2
     seed: int = 0
@@ -112,7 +113,10 @@ class Reviews:
     def quick(cls, output: str, **changes: Any) -> Reviews:
         """Every step on a few hundred reviews, to see that all of them work. The figures mean nothing."""
         rows: dict[str, Any] = {"teacher_rows": 64, "train_rows": 256, "dev_rows": 64, "test_rows": 64, "timed_rows": 8}
-        return cls(output=output, **({"teacher_tokens": 128, "label_epochs": 1.0, "epochs": 1.0} | rows | changes))
+        return cls(
+            output=output,
+            **({"teacher_tokens": 128, "label_epochs": 1.0, "epochs": 1.0, "cut_epochs": 1.0} | rows | changes),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +262,8 @@ class Steps:
             heads, units = student.pruned
             small = prune(small, batches, Pruning(heads=heads, ffn=units, layers="global"))
         # What was cut has more to learn again; what has learnt the labels would forget at such a rate.
-        self._distill(small, tokenizer, folder, learning_rate=5e-5 if source is None else 1e-4)
+        rate, epochs = (5e-5, self.config.epochs) if source is None else (1e-4, self.config.cut_epochs)
+        self._distill(small, tokenizer, folder, learning_rate=rate, epochs=epochs)
         tokenizer.save_pretrained(folder / "model")
         return folder / "model"
 
@@ -315,12 +320,12 @@ class Steps:
         weight = weight_beside(logits, ngram_logits(self.ngrams, dev), [row["labels"] for row in dev])
         return with_ngrams(model, weight * self.ngrams)
 
-    def _distill(self, small: Any, tokenizer: Any, folder: Path, *, learning_rate: float) -> None:
+    def _distill(self, small: Any, tokenizer: Any, folder: Path, *, learning_rate: float, epochs: float) -> None:
         _without_dropout(small)
         rows = self._taught_rows(tokenizer)
         settings = Distillation(
             loss=DistillationLoss(logits=1.0, temperature=2.0, hard_labels=0.5),
-            epochs=self.config.epochs,
+            epochs=epochs,
             learning_rate=learning_rate,
             bf16=True,
             seed=self.config.seed,
