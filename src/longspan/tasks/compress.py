@@ -71,17 +71,7 @@ def prune_on_task(
     small = prune(model, batches, pruning, precision=precision)
     dev = tokenize(task.examples("dev"), loaded.tokenizer, loaded.max_tokens)
     before, after = (task.metrics("dev", predict_logits(one, dev, loaded.tokenizer)) for one in (model, small))
-    with whole_or_absent(out) as folder:
-        small.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-    return Smaller(
-        out=out,
-        shape=tuple((block.heads, block.ffn_width) for block in small.config.encoder_config.blocks),
-        parameters_before=model.num_parameters(),
-        parameters_after=small.num_parameters(),
-        before=before,
-        after=after,
-    )
+    return _write(out, loaded.tokenizer, model, small, before, after)
 
 
 def distill_on_task(
@@ -188,14 +178,21 @@ def add_ngrams_on_task(
     said = ngram_logits(table, judged)
     table = table * weight_beside(before, said, [row["labels"] for row in judged])
     helped = with_ngrams(loaded.model, table)
+    after = predict_logits(helped, judged, loaded.tokenizer)
+    return _write(out, loaded.tokenizer, loaded.model, helped, task.metrics("dev", before), task.metrics("dev", after))
+
+
+def _write(
+    out: Path, tokenizer: Any, model: Any, changed: Any, before: dict[str, float], after: dict[str, float]
+) -> Smaller:
     with whole_or_absent(out) as folder:
-        helped.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        changed.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return Smaller(
         out=out,
-        shape=tuple((block.heads, block.ffn_width) for block in helped.config.encoder_config.blocks),
-        parameters_before=loaded.model.num_parameters(),
-        parameters_after=helped.num_parameters(),
-        before=task.metrics("dev", before),
-        after=task.metrics("dev", predict_logits(helped, judged, loaded.tokenizer)),
+        shape=tuple((block.heads, block.ffn_width) for block in changed.config.encoder_config.blocks),
+        parameters_before=model.num_parameters(),
+        parameters_after=changed.num_parameters(),
+        before=before,
+        after=after,
     )
