@@ -24,6 +24,8 @@ LONGSPAN_DECLARE(avx512)
 LONGSPAN_DECLARE(avx512_vnni)
 LONGSPAN_DECLARE(avx512_bf16)
 LONGSPAN_DECLARE(amx)
+namespace avx2 { extern const LinearKernels linear; }
+namespace avx512 { extern const LinearKernels linear; }
 namespace avx512_vnni { extern const LinearKernels linear; }
 namespace avx512_bf16 { extern const LinearKernels linear; }
 namespace amx { extern const LinearKernels linear; }
@@ -75,10 +77,10 @@ const InstructionSet SETS[] = {
     {"avx512_vnni", &avx512_vnni::attention, &avx512_vnni::rows, &avx512_vnni::linear, has_avx512_vnni},
 #endif
 #if defined(LONGSPAN_HAS_AVX512)
-    {"avx512", &avx512::attention, &avx512::rows, nullptr, has_avx512},
+    {"avx512", &avx512::attention, &avx512::rows, &avx512::linear, has_avx512},
 #endif
 #if defined(LONGSPAN_HAS_AVX2)
-    {"avx2", &avx2::attention, &avx2::rows, nullptr, has_avx2},
+    {"avx2", &avx2::attention, &avx2::rows, &avx2::linear, has_avx2},
 #endif
     {"baseline", &baseline::attention, &baseline::rows, nullptr, always},
 };

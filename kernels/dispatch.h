@@ -23,8 +23,7 @@ struct RowKernels {
                 const longspan_result& to);
 };
 
-// The arguments are those of longspan_linear.h, already checked. Only sets that multiply bytes
-// have them, from `avx512_vnni` on.
+// The arguments are those of longspan_linear.h, already checked. The sets from `avx2` on have them.
 struct LinearKernels {
   int64_t (*packed_bytes)(int64_t in_features, int64_t out_features, int32_t terms);
   void (*pack)(int32_t dtype, const void* weight, int64_t stride, int64_t in_features, int64_t out_features,

@@ -1,11 +1,11 @@
 // All kernels for one instruction set. Compiled once per set, with -DLONGSPAN_SET=<name> and the compiler flags of the set.
 #include "attention_backward.h"
 #include "attention_forward.h"
-#if defined(__AVX512VNNI__)
+#include "rows.h"
+#if LONGSPAN_AVX512 || LONGSPAN_AVX2
 #define LONGSPAN_HAS_LINEAR 1
 #include "layer.h"
 #endif
-#include "rows.h"
 
 namespace longspan::LONGSPAN_SET {
 

@@ -8,6 +8,7 @@ namespace longspan::LONGSPAN_SET {
 
 constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t SQUARE = 32;               // rows and columns of the sums that are finished together
+constexpr int64_t PARTS = SQUARE / LANES;    // vectors of a row of them
 constexpr int64_t STREAMED_BYTES = 1 << 20;  // results that no cache near keeps bypass the caches: half the traffic
 
 ALWAYS_INLINE uint64_t first_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
@@ -63,9 +64,9 @@ struct Finisher {
 
   ALWAYS_INLINE void keep_sums(const Finisher& square, int64_t first, int64_t end) {
     for (int64_t row = first; row < end; ++row) {
-      Vector values[2];
+      Vector values[PARTS];
       read_sums(square, row, values);
-      store_pair(square.earlier + row * SQUARE, values[0], values[1]);
+      store_all(square.earlier + row * SQUARE, values);
     }
   }
 
@@ -88,49 +89,56 @@ struct Finisher {
     constexpr bool IS_INT8 = Format::IS_INT8;
     const longspan_linear& call = square.call;
     const int64_t column = square.first_column, out_stride = call.out_stride, residual_stride = call.residual_stride;
-    const uint32_t mask = static_cast<uint32_t>(first_bits(call.out_features - column));
-    const bool streams = square.streams && mask == ~0u;
-    Vector scales[2] = {}, bias[2] = {};
-    if (IS_INT8) add(call.weight_scale + column, mask, scales);
-    if (call.bias) add(call.bias + column, mask, bias);
+    const int64_t columns = smaller(SQUARE, call.out_features - column);
+    const bool streams = square.streams && columns == SQUARE;
+    Vector scales[PARTS] = {}, bias[PARTS] = {};
+    if (IS_INT8) add(call.weight_scale + column, columns, scales);
+    if (call.bias) add(call.bias + column, columns, bias);
     const float* row_scale = IS_INT8 ? call.row_scale + square.first_row : nullptr;
     const Out* residual = static_cast<const Out*>(call.residual);
     if (residual) residual += square.first_row * residual_stride + column;
     Out* out = static_cast<Out*>(call.out) + square.first_row * out_stride + column;
     for (int64_t row = first; row < end; ++row) {
-      Vector values[2];
+      Vector values[PARTS];
       read_sums(square, row, values);
-      UNROLL for (int64_t i = 0; i < 2; ++i) {
+      UNROLL for (int64_t i = 0; i < PARTS; ++i) {
         const Vector product = IS_INT8 ? values[i] * (row_scale[row] * scales[i]) : values[i];
         values[i] = activate(product + bias[i]);
       }
-      if (residual) add(residual + row * residual_stride, mask, values);
+      if (residual) add(residual + row * residual_stride, columns, values);
       Out* to = out + row * out_stride;
-      streams ? stream(to, values) : store_first(to, mask, values);
+      streams ? stream(to, values) : store_first(to, columns, values);
     }
   }
 
-  ALWAYS_INLINE void read_sums(const Finisher& square, int64_t row, Vector (&values)[2]) {
-    UNROLL for (int64_t i = 0; i < 2; ++i) {
+  ALWAYS_INLINE void read_sums(const Finisher& square, int64_t row, Vector (&values)[PARTS]) {
+    UNROLL for (int64_t i = 0; i < PARTS; ++i) {
       const int64_t at = i * LANES;
       values[i] = Format::sums(square.sums + row * SQUARE + at, Format::HAS_OFFSETS ? square.offsets + at : nullptr);
     }
     if (!square.has_earlier) return;
-    UNROLL for (int64_t i = 0; i < 2; ++i) values[i] += load(square.earlier + row * SQUARE + i * LANES);
+    UNROLL for (int64_t i = 0; i < PARTS; ++i) values[i] += load(square.earlier + row * SQUARE + i * LANES);
   }
 
-  ALWAYS_INLINE void add(const float* from, uint32_t mask, Vector (&values)[2]) {
+  template <class T>
+  ALWAYS_INLINE void store_all(T* to, const Vector (&values)[PARTS]) {
+    UNROLL for (int64_t i = 0; i < PARTS; i += 2) store_pair(to + i * LANES, values[i], values[i + 1]);
+  }
+
+#if LONGSPAN_AVX512
+  ALWAYS_INLINE void add(const float* from, int64_t count, Vector (&values)[PARTS]) {
+    const uint32_t mask = static_cast<uint32_t>(first_bits(count));
     values[0] += _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
     values[1] += _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + LANES);
   }
 
-  ALWAYS_INLINE void add(const bfloat16* from, uint32_t mask, Vector (&values)[2]) {
-    const __m512i bits = _mm512_maskz_loadu_epi16(mask, from);
+  ALWAYS_INLINE void add(const bfloat16* from, int64_t count, Vector (&values)[PARTS]) {
+    const __m512i bits = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first_bits(count)), from);
     values[0] += (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
     values[1] += (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
   }
 
-  ALWAYS_INLINE __m512i narrowed(const Vector (&values)[2]) {
+  ALWAYS_INLINE __m512i narrowed(const Vector (&values)[PARTS]) {
 #if defined(__AVX512BF16__)
     return (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]);
 #else
@@ -139,21 +147,42 @@ struct Finisher {
 #endif
   }
 
-  ALWAYS_INLINE void stream(float* to, const Vector (&values)[2]) {
-    _mm512_stream_ps(to, values[0]);
-    _mm512_stream_ps(to + LANES, values[1]);
+  ALWAYS_INLINE void stream(float* to, const Vector (&values)[PARTS]) {
+    UNROLL for (int64_t i = 0; i < PARTS; ++i) _mm512_stream_ps(to + i * LANES, values[i]);
   }
-  ALWAYS_INLINE void stream(bfloat16* to, const Vector (&values)[2]) {
+  ALWAYS_INLINE void stream(bfloat16* to, const Vector (&values)[PARTS]) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrowed(values));
   }
 
-  ALWAYS_INLINE void store_first(float* to, uint32_t mask, const Vector (&values)[2]) {
+  ALWAYS_INLINE void store_first(float* to, int64_t count, const Vector (&values)[PARTS]) {
+    const uint32_t mask = static_cast<uint32_t>(first_bits(count));
     _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), values[0]);
     _mm512_mask_storeu_ps(to + LANES, static_cast<__mmask16>(mask >> 16), values[1]);
   }
-  ALWAYS_INLINE void store_first(bfloat16* to, uint32_t mask, const Vector (&values)[2]) {
-    _mm512_mask_storeu_epi16(to, mask, narrowed(values));
+  ALWAYS_INLINE void store_first(bfloat16* to, int64_t count, const Vector (&values)[PARTS]) {
+    _mm512_mask_storeu_epi16(to, static_cast<__mmask32>(first_bits(count)), narrowed(values));
   }
+#else
+  template <class T>
+  ALWAYS_INLINE void add(const T* from, int64_t count, Vector (&values)[PARTS]) {
+    UNROLL for (int64_t i = 0; i < PARTS; ++i) values[i] += load_up_to(from + i * LANES, count - i * LANES);
+  }
+
+  ALWAYS_INLINE void stream(float* to, const Vector (&values)[PARTS]) {
+    UNROLL for (int64_t i = 0; i < PARTS; ++i) _mm256_stream_ps(to + i * LANES, values[i]);
+  }
+  ALWAYS_INLINE void stream(bfloat16* to, const Vector (&values)[PARTS]) {
+    UNROLL for (int64_t i = 0; i < PARTS; ++i) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i * LANES), (__m128i)narrow(values[i]));
+    }
+  }
+
+  template <class T>
+  ALWAYS_INLINE void store_first(T* to, int64_t count, const Vector (&values)[PARTS]) {
+    if (count == SQUARE) return store_all(to, values);
+    for (int64_t i = 0; i * LANES < count; ++i) store_up_to(to + i * LANES, values[i], count - i * LANES);
+  }
+#endif
 };
 
 }  // namespace longspan::LONGSPAN_SET

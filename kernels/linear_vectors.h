@@ -35,9 +35,10 @@ template <int>
 using Terms = FloatingPoint<Float32Tiles>;
 #endif
 
+#if defined(__AVX512VNNI__)
 // Four numbers of 8 bits fill a word: unsigned ones of x by signed ones of the weight. Those of x come as byte + 128,
 // which adds 128 times the sum of the weight's row to every sum: the offsets take it away.
-struct BytesInWords {
+struct Int8InWords {
   using Element = uint8_t;
   using Packed = uint8_t;
   static constexpr int64_t PER_WORD = 4;
@@ -47,13 +48,40 @@ struct BytesInWords {
     return (Vector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)x, (__m512i)weight);
   }
 };
+constexpr bool HAS_INT8_OFFSETS = true;
+#else
+// Two numbers fill a word, widened to 16 bits: products of bytes that are added in 16 bits would overflow.
+struct Int8InWords {
+  using Element = int16_t;
+  using Packed = int16_t;
+  static constexpr int64_t PER_WORD = 2;
+
+  ALWAYS_INLINE Words words(const int16_t* from) { return load_as<Words>(from); }
+  ALWAYS_INLINE Vector multiply_add(Words x, Words weight, Vector sums) {
+#if LONGSPAN_AVX512
+    return (Vector)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16((__m512i)x, (__m512i)weight));
+#else
+    // GCC would add into the product and move it to the sums, at a tenth of the speed.
+    const __m256i product = _mm256_madd_epi16((__m256i)x, (__m256i)weight);
+    asm("vpaddd %1, %0, %0" : "+x"(sums) : "x"(product));
+    return sums;
+#endif
+  }
+};
+constexpr bool HAS_INT8_OFFSETS = false;
+
+ALWAYS_INLINE int16_t widened(int8_t weight) { return weight; }
+ALWAYS_INLINE int16_t widened(uint8_t x) { return static_cast<int16_t>(x - 128); }
+#endif
 
 struct Int8 {
-  using Tiles = VectorTiles<BytesInWords>;
-  static constexpr bool IS_INT8 = true, HAS_OFFSETS = true;
+  using Tiles = VectorTiles<Int8InWords>;
+  static constexpr bool IS_INT8 = true, HAS_OFFSETS = HAS_INT8_OFFSETS;
 
   ALWAYS_INLINE Vector sums(const float* from, const int32_t* offsets) {
-    return __builtin_convertvector(load_as<Integers>(from) + load_as<Integers>(offsets), Vector);
+    Integers sums = load_as<Integers>(from);
+    if constexpr (HAS_OFFSETS) sums += load_as<Integers>(offsets);
+    return __builtin_convertvector(sums, Vector);
   }
 };
 
@@ -143,6 +171,9 @@ struct Linear {
   ALWAYS_INLINE void copy_numbers(const T* from, int64_t count, int64_t padded, Packed* to) {
     if constexpr (sizeof(T) == sizeof(Packed)) {
       memcpy(to, from, count * NUMBER);
+      memset(to + count, 0, (padded - count) * NUMBER);
+    } else if constexpr (Format::IS_INT8) {
+      for (int64_t i = 0; i < count; ++i) to[i] = widened(from[i]);
       memset(to + count, 0, (padded - count) * NUMBER);
     } else {
       for (int64_t i = 0; i < padded; i += LANES) store(to + i, load_up_to(from + i, count - i));

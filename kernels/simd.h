@@ -246,17 +246,22 @@ ALWAYS_INLINE void interleave(Words& a, Words& b) {
 #endif
 }
 
-#if LONGSPAN_AVX512
 // The same of words' halves, whose number of lanes is twice as large.
 ALWAYS_INLINE void interleave_halves(Words& a, Words& b) {
+#if LONGSPAN_AVX512
   typedef uint16_t Pairs __attribute__((vector_size(LANES * 4)));
   const Pairs x = (Pairs)a, y = (Pairs)b;
   a = (Words)__builtin_shufflevector(x, y, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
   b = (Words)__builtin_shufflevector(x, y, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25,
                                      57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
-}
+#else
+  const Words lower = (a & 0xffff) | (b << 16), upper = (a >> 16) | (b & 0xffff0000);
+  a = lower;
+  b = upper;
+  interleave(a, b);
 #endif
+}
 
 ALWAYS_INLINE Vector reversed(Vector x) {
 #if LONGSPAN_AVX512

@@ -106,17 +106,6 @@ def test_narrowed_rows_use_the_whole_range_and_widen_to_within_half_a_step():
     assert again.values is values and again.scale is scale
 
 
-def test_without_8_bit_instructions_weights_take_half_the_range(monkeypatch):
-    monkeypatch.setattr(linear, "_has_8_bit_instructions", lambda: False)
-    weight, bias = drawn(64, 384)
-    layer = Int8Linear(Weight(*Weight(weight).narrowed()), bias)
-    dense = layer.packed.to_dense() if layer.is_one_dnn else layer.packed
-    assert dense.abs().max() == 63
-    x = torch.randn(9, 384, generator=torch.Generator().manual_seed(1))
-    expected = F.linear(x.double(), weight.double(), bias.double())
-    assert relative_error(layer(in_8_bits(x)).finished(), expected) < 3e-2
-
-
 @pytest.mark.parametrize("kind", [*FLOATS, Int8Linear])
 def test_layers_are_pickled_and_their_copies_are_themselves(kind):
     weight, bias = drawn()

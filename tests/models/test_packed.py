@@ -250,10 +250,12 @@ def test_hidden_states_are_the_encoders(config):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("name", ["post", "pre", "one layer", "segments"])
+@pytest.mark.parametrize("name", ["post", "pre", "dense", "one layer", "segments"])
 @torch.no_grad()
 def test_first_tokens_are_those_of_the_whole(name, precision):
-    config = {"post": POST, "pre": PRE, "one layer": replace(PRE, blocks=PRE.blocks[-1:]), "segments": POST}[name]
+    dense = replace(POST, blocks=2 * (BlockConfig(heads=2, head_width=12, ffn_width=30),))
+    configs = {"post": POST, "pre": PRE, "dense": dense, "one layer": replace(PRE, blocks=PRE.blocks[-1:])}
+    config = configs.get(name, POST)
     if name == "segments":
         pattern = DilatedSegments(branches=((8, 1), (16, 2)), heads=2)
         config = replace(POST, blocks=2 * (BlockConfig(heads=2, head_width=12, ffn_width=30, pattern=pattern),))
@@ -320,10 +322,11 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_steps(config, precision):
     encoder = drawn(config)
     whole, in_steps = pack(encoder, precision), pack(encoder, precision)
     for block in in_steps.blocks:
-        assert block.rest is not None
-        block.rest = None
+        assert block.rest is not None or block.rest_alone is not None
+        block.rest = block.rest_alone = None
     x, mask, marked = rows([37, 1, 20])
     x = x.float()
+    assert torch.equal(whole.first_tokens(x, mask), in_steps.first_tokens(x, mask))
     for one, other in zip(whole.hidden_states(x, mask, marked), in_steps.hidden_states(x, mask, marked), strict=True):
         assert torch.equal(one, other)
 

@@ -193,7 +193,7 @@ def _available_library() -> ctypes.CDLL:
     if not library.longspan_linear_is_available():
         have = library.longspan_instruction_set().decode()
         raise NotImplementedError(
-            f"linear layers need the instruction set avx512_vnni or better, but the kernels use {have}; "
+            f"linear layers need the instruction set avx2 or better, but the kernels use {have}; "
             "ask longspan.kernels.linear.available() first, and use torch.nn.functional.linear otherwise"
         )
     return library

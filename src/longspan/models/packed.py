@@ -111,8 +111,9 @@ class PackedEncoder(InferenceEncoder):
         check_precision(precision, torch.device("cpu"))
         check_weights(config, weights)
         self.config, self.precision = config, precision
+        last = len(config.blocks) - 1
         self.blocks = nn.ModuleList(
-            PackedBlock(config, block, _Weights(weights, f"blocks.{number}."), precision)
+            PackedBlock(config, block, _Weights(weights, f"blocks.{number}."), precision, last=number == last)
             for number, block in enumerate(config.blocks)
         )
         self.final_norm = _Weights(weights, "").norm("final_norm", config) if config.norm == "pre" else None
@@ -165,10 +166,14 @@ class PackedEncoder(InferenceEncoder):
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             work = self._begin(x, token_mask, global_mask, position_ids)
             if work is not None:
-                for block, following in pairwise(blocks):
-                    block(work, following, self.final_norm, "auto")
-                last.attend(work, "auto", first_only=True)
                 sequences, rows = work.batch.first_tokens()
+                folds = last.folds(work.batch, rows)
+                for block, following in pairwise(blocks):
+                    block(work, None if folds and following is last else following, self.final_norm, "auto")
+                if folds:
+                    last.read_first(work, rows)
+                else:
+                    last.attend(work, "auto", first_only=True)
                 work.keep(rows, last.block)
                 last.finish(work, None, self.final_norm)
                 states[sequences] = work.stream[: len(rows)].to(states.dtype)
@@ -212,14 +217,21 @@ class PackedEncoder(InferenceEncoder):
 class PackedBlock(nn.Module):
     """One layer of a `PackedEncoder`."""
 
-    def __init__(self, config: EncoderConfig, block: BlockConfig, weights: _Weights, precision: Precision):
+    def __init__(
+        self, config: EncoderConfig, block: BlockConfig, weights: _Weights, precision: Precision, *, last: bool
+    ):
         super().__init__()
         self.config, self.block = config, block
         self.qkv_global = None
         if block.global_projections:
             weight, bias = weights.take("attention.qkv_global")
             self.qkv_global = GlobalProjections(block, weight, bias, _dtype(precision))
-        self.qkv = weights.linear("attention.qkv", precision)
+        weight, bias = weights.take("attention.qkv")
+        self.first_reader = None  # of the last layer: what a first token that sees all tokens reads by
+        if last and config.norm == "post" and block.rope_theta is None:
+            rounded = weight.narrowed() if precision == "int8" else weight  # as in a packed checkpoint
+            self.first_reader = self.qkv_global or GlobalProjections(block, rounded, bias, _dtype(precision))
+        self.qkv = make_linear(weight, bias, precision)
         self.out = weights.linear("attention.out", precision)
         has_norm = config.norm == "post" or block.attention_norm
         self.attention_norm = weights.norm("attention_norm", config) if has_norm else None
@@ -227,27 +239,36 @@ class PackedBlock(nn.Module):
         self.ffn_out = weights.linear("ffn_out", precision)
         self.ffn_norm = weights.norm("ffn_norm", config)
         self.activation = activation(config.activation)
-        self.rest: Layer | None = None  # of the layer after attention, in one call
+        # Of the layer after attention, in one call: with the next layer's projection, and without any.
+        self.rest: Layer | None = None
+        self.rest_alone: Layer | None = None
 
     def join(self, following: PackedBlock | None, final_norm: Norm | None) -> None:
         """Makes one call of what follows attention, where all of it is computed by our own kernels."""
+        if following is not None:
+            self.rest = self._in_one_call(following, final_norm)
+        if following is None or following.first_reader is not None:
+            self.rest_alone = self._in_one_call(None, final_norm)
+
+    def _in_one_call(self, following: PackedBlock | None, final_norm: Norm | None) -> Layer | None:
         first_norm, next_norm = self.attention_norm, self.ffn_norm
         if self.config.norm == "pre":
             first_norm, next_norm = self.ffn_norm, final_norm if following is None else following.attention_norm
         linears = [self.out, self.ffn_in, self.ffn_out, *([] if following is None else [following.qkv])]
         if (
-            all(isinstance(linear, KernelLinear) for linear in linears)
-            and self.config.activation in ACTIVATIONS
-            and first_norm is not None
-            and next_norm is not None
+            not all(isinstance(linear, KernelLinear) for linear in linears)
+            or self.config.activation not in ACTIVATIONS
+            or first_norm is None
+            or next_norm is None
         ):
-            out, ffn_in, ffn_out, *qkv = (Dense(one.packed, one.bias, one.activation) for one in linears)  # type: ignore
-            self.rest = Layer(
-                *(out, ffn_in, ffn_out, qkv[0] if qkv else None, first_norm, next_norm),
-                pre_norm=self.config.norm == "pre",
-                activation=self.config.activation,
-                gated=self.config.gated,
-            )
+            return None
+        out, ffn_in, ffn_out, *qkv = (Dense(one.packed, one.bias, one.activation) for one in linears)  # type: ignore
+        return Layer(
+            *(out, ffn_in, ffn_out, qkv[0] if qkv else None, first_norm, next_norm),
+            pre_norm=self.config.norm == "pre",
+            activation=self.config.activation,
+            gated=self.config.gated,
+        )
 
     def begin(self, work: Workspace, chunk: slice, x: Any) -> None:
         """Queries, keys and values of a chunk of rows."""
@@ -263,8 +284,9 @@ class PackedBlock(nn.Module):
 
     def finish(self, work: Workspace, following: PackedBlock | None, final_norm: Norm | None) -> None:
         """What follows attention, and the beginning of the next layer."""
-        if self.rest is not None:
-            self.rest(work.layer_rows(self.rest, self.block, None if following is None else following.block))
+        rest = self.rest_alone if following is None else self.rest
+        if rest is not None:
+            rest(work.layer_rows(rest, self.block, None if following is None else following.block))
             return
         attended, last = work.attended(self.block), following is None
         next_norm = final_norm if following is None else following.attention_norm
@@ -285,6 +307,20 @@ class PackedBlock(nn.Module):
             inner = work.inner(number, width)
             rows.activate(product, self.config.activation, self.activation, inner, gated=self.config.gated)
         return self.ffn_out(inner, work.sum_of(chunk))
+
+    def folds(self, batch: Ragged, rows: list[int]) -> bool:
+        """Whether `read_first` serves these rows: each sees all tokens of its sequence."""
+        if self.first_reader is None:
+            return False
+        if self.qkv_global is None and self.block.pattern == Full():
+            return True
+        return batch.marked is not None and bool(batch.marked[rows].all())
+
+    def read_first(self, work: Workspace, rows: list[int]) -> None:
+        """What these rows, one of each sequence, read, in work.attended; from the stream, without keys and values."""
+        assert self.first_reader is not None
+        sequences = ((start, end, seen) for start, end, seen, _ in work.batch.sequences())
+        work.attended(self.block)[rows] = self.first_reader.read_first(work.stream, rows, sequences)
 
     def attend(self, work: Workspace, backend: str, *, first_only: bool = False) -> None:
         """What each row, or the first of each sequence at least, reads from those of its sequence, in work.attended."""

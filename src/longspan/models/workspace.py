@@ -100,6 +100,7 @@ class Workspace:
         number = -(-len(rows) // ROW_STEP) * ROW_STEP
         self.stream, self.chunks = self.stream[:number], _cut(number, ROWS_AT_ONCE)
         self.stream[: len(rows)], self.attended(block)[: len(rows)] = stream, attended
+        self.attended(block)[len(rows) :] = 0
         self.layer_input = None if self.pre else self.stream
         self._attentions, self._layer_rows = {}, {}
 
