@@ -92,7 +92,8 @@ def test_attention_is_compared_with_every_way_in_pytorch():
     ours = rows["forward, bf16", "longspan native", "bf16"]
     assert ours["status"] == ("ok" if library() else "cannot run")
     if ours["status"] == "ok":
-        assert ours["share_of_gemm"] > 0
+        compared = rows["forward, bf16", "oneDNN GEMM", "bf16"]["status"] == "ok"  # not every CPU has bf16
+        assert (ours["share_of_gemm"] is not None) == compared
         assert rows["memory, 1,024 tokens", "longspan native", "fp32"]["peak_mib"] is not None
 
 

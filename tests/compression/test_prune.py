@@ -7,6 +7,7 @@ from tests.compression.small import tiny_batches, tiny_classifier, tiny_ours
 from longspan.compression.cost import Costs, LayerCost, measure_costs
 from longspan.compression.importance import Importance, measure_importance
 from longspan.compression.prune import Kept, Pruning, choose, cut, prune
+from longspan.compression.students import student_of
 from longspan.models import LongspanForSequenceClassification, LongspanModel
 from longspan.models.convert import as_ours
 from longspan.models.plug_in import accelerate
@@ -87,6 +88,21 @@ def test_global_keeps_the_best_of_all_layers_and_some_of_each():
     assert kept.units == (tuple(range(4, 20)), tuple(range(12, 20)))
     even = choose(importance, Pruning(ffn=10, layers="global", normalize=True))
     assert even.shape == [(4, 10), (4, 10)]
+
+
+@pytest.mark.parametrize("layers", ["uniform", "global"])
+def test_the_last_layer_may_stay_whole(layers):
+    importance = Importance(
+        heads=tuple(torch.tensor(row) for row in ([9.0, 8, 7, 6], [1.0, 2, 3, 4], [0.0, 0, 0, 0])),
+        units=(torch.arange(20.0), torch.arange(20.0) / 100, torch.zeros(20)),
+    )
+    kept = choose(importance, Pruning(heads=2, ffn=12, layers=layers, keep_last=True))
+    below = {"uniform": [(2, 12), (2, 12)], "global": [(3, 16), (1, 8)]}[layers]
+    assert kept.shape == [*below, (4, 20)]
+    with pytest.raises(ValueError, match="cannot keep 5 heads a layer: the layers have 4, 4; 4 is the most"):
+        prune(tiny_ours(), tiny_batches(1), Pruning(heads=5, keep_last=True))
+    with pytest.raises(ValueError, match="nothing to prune in a model of one layer"):
+        prune(student_of(tiny_ours(), 1), tiny_batches(1), Pruning(heads=1, keep_last=True))
 
 
 def test_a_speedup_is_met_by_the_costs_given():
@@ -172,6 +188,7 @@ def test_a_base_model_without_its_pooler_prunes():
         ({"speedup": 0.5}, "number from 1 on"),
         ({"heads": 2, "layers": "all"}, "'uniform' or 'global'"),
         ({"activation": "bent"}, "unknown activation 'bent'"),
+        ({"speedup": 2.0, "keep_last": True}, "keep_last is about heads and ffn"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, message):
@@ -195,6 +212,12 @@ def test_costs_are_measured(precision):
     costs = measure_costs(model, rows=2, tokens=16, precision=precision)
     assert len(costs.layers) == 3 and costs.rest > 0
     assert all(layer.per_head > 0 and layer.per_unit > 0 for layer in costs.layers)
+
+
+def test_of_a_classifiers_last_layer_the_first_token_costs():
+    costs = measure_costs(as_ours(tiny_classifier("bert")), rows=1, tokens=4096, precision="fp32")
+    assert costs.layers[0] is costs.layers[1] is not costs.layers[2]
+    assert costs.layers[2].of(4, 40) < costs.layers[0].of(4, 40) / 2
 
 
 def test_measured_costs_are_a_line_through_the_times(monkeypatch):

@@ -58,7 +58,11 @@ def test_each_term_adds_eight_bits_or_more(terms: int, most: float):
     x, weight, _ = layer(50, 384, 70)
     own = error(linear(x, pack_linear(weight, terms=terms)), F.linear(x.double(), weight.double()))
     assert own < most
-    assert terms == 2 or own > most / 10  # two are as good as three where fp32 numbers are multiplied as they are
+    library = kernels.library()
+    assert library is not None
+    # Two are as good as three where fp32 numbers are multiplied as they are, and one where there are no products of bf16.
+    if terms == 3 or (terms == 1 and library.longspan_instruction_set() in (b"avx512_bf16", b"amx")):
+        assert own > most / 10
 
 
 @needs_linear

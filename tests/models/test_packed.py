@@ -278,6 +278,17 @@ def test_first_tokens_are_those_of_the_whole(name, precision):
     assert not packed.first_tokens(x, torch.zeros_like(mask)).any()
 
 
+@torch.no_grad()
+def test_a_first_token_that_sees_all_needs_neither_keys_nor_values():
+    packed, _ = packed_and_exact(replace(POST, blocks=2 * (BlockConfig(heads=2, head_width=12, ffn_width=30),)), "fp32")
+    x, mask, _ = rows([37, 1, 20])
+    expected = packed.first_tokens(x.float(), mask)
+    packed.blocks[-2].rest = packed.blocks[-1].qkv = None
+    assert torch.equal(packed.first_tokens(x.float(), mask), expected)
+    with pytest.raises(TypeError, match="not callable"):
+        packed(x.float(), mask)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_head_that_reads_the_first_token_asks_for_no_other(family, monkeypatch):

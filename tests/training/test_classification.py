@@ -91,7 +91,7 @@ def test_dev_is_measured_in_its_own_order(finished, base):
     logits = predict_logits(model, dev, loaded.tokenizer, batch=5, bf16=True)
     figures = colors.metrics("dev", logits)
     assert figures == {name: finished.metrics[name] for name in figures}
-    assert figures != colors.metrics("dev", np.roll(logits, 1, axis=0))
+    assert any(figures != colors.metrics("dev", np.roll(logits, by, axis=0)) for by in range(1, len(logits)))
     together = predict_logits(model, dev, loaded.tokenizer, batch=5)
     one_by_one = np.concatenate([predict_logits(model, [row], loaded.tokenizer) for row in dev])
     np.testing.assert_allclose(together, one_by_one, atol=1e-5)

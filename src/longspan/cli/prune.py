@@ -27,6 +27,9 @@ def prune(
     layers: Annotated[
         Layers, typer.Option(help="uniform: as many in every layer; global: the best of all, --heads on average.")
     ] = Layers.uniform,
+    keep_last: Annotated[
+        bool, typer.Option("--keep-last", help="Leave the last layer whole: longspan's engine needs little of it.")
+    ] = False,
     speedup: Annotated[
         float | None, typer.Option(help="In place of --heads and --ffn: how many times as fast, by measured cost.")
     ] = None,
@@ -56,7 +59,13 @@ def prune(
     from longspan.tasks.text_files import Columns
 
     pruning = Pruning(
-        heads=heads, ffn=ffn, layers=layers.value, speedup=speedup, normalize=normalize, activation=activation
+        heads=heads,
+        ffn=ffn,
+        layers=layers.value,
+        keep_last=keep_last,
+        speedup=speedup,
+        normalize=normalize,
+        activation=activation,
     )
     quiet_transformers()
     columns = Columns(text=text_column, label=label_column, text_pair=text_pair_column)

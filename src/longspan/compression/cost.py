@@ -52,24 +52,35 @@ def measure_costs(model: nn.Module, *, rows: int = 8, tokens: int = 256, precisi
     """Seconds for a batch of rows x tokens, fitted to timings of single layers with all and with half of their parts.
 
     Layers that differ in nothing but their counts are timed once. precision: what the model will run in, as in
-    `accelerate`; None times plain PyTorch. The time is that of this machine with the threads that torch is set to.
+    `accelerate`, where the last layer of a classifier may compute its first token alone; None times plain PyTorch. The
+    time is that of this machine with the threads that torch is set to.
     """
     encoder = encoder_of(model)
     described = encoder.config
-    kinds: dict[BlockConfig, LayerCost] = {}
+    head = getattr(model, "described", None)
+    last = len(described.blocks) - 1 if precision is not None and head is not None and head.reads_first_only else None
+    kinds: dict[tuple[BlockConfig, bool], LayerCost] = {}
     layers = []
-    for block in described.blocks:
-        kind = replace(block, heads=1, ffn_width=1)
+    for number, block in enumerate(described.blocks):
+        kind = replace(block, heads=1, ffn_width=1), number == last
         if kind not in kinds:
-            same = [other for other in described.blocks if replace(other, heads=1, ffn_width=1) == kind]
+            same = [other for other in described.blocks if replace(other, heads=1, ffn_width=1) == kind[0]]
             heads, units = max(other.heads for other in same), max(other.ffn_width for other in same)
-            kinds[kind] = _fit(described, block, heads, units, rows, tokens, precision)
+            kinds[kind] = _fit(described, block, heads, units, rows, tokens, precision, first_only=kind[1])
         layers.append(kinds[kind])
     return Costs(layers=tuple(layers), rest=_time_embeddings(model, rows, tokens))
 
 
 def _fit(
-    config: EncoderConfig, block: BlockConfig, heads: int, units: int, rows: int, tokens: int, precision: Any
+    config: EncoderConfig,
+    block: BlockConfig,
+    heads: int,
+    units: int,
+    rows: int,
+    tokens: int,
+    precision: Any,
+    *,
+    first_only: bool,
 ) -> LayerCost:
     shapes = sorted({(h, f) for h in (heads, (heads + 1) // 2) for f in (units, (units + 1) // 2)})
     x = torch.randn(rows, tokens, config.width)
@@ -77,10 +88,11 @@ def _fit(
     if block.global_projections:
         global_mask = torch.zeros(rows, tokens, dtype=torch.bool)
         global_mask[:, 0] = True
-    layers = []
+    layers: list[Any] = []
     for h, f in shapes:
         encoder = Encoder(replace(config, blocks=(replace(block, heads=h, ffn_width=f),))).eval()
-        layers.append(encoder if precision is None else pack(encoder, precision))
+        packed: Any = encoder if precision is None else pack(encoder, precision)
+        layers.append(packed.first_tokens if first_only else packed)
     times = _seconds([lambda layer=layer: layer(x, None, global_mask) for layer in layers])
     design = torch.tensor([(1.0, h, f) for h, f in shapes], dtype=torch.float64)
     fitted = torch.linalg.pinv(design) @ torch.tensor(times, dtype=torch.float64)

@@ -30,6 +30,8 @@ class Pruning:
     heads, ffn: attention heads and feed-forward units a layer; None keeps all.
     layers: "uniform" keeps as many in every layer (FastFormers); "global" keeps the best of the whole model, and heads
         and ffn are means over the layers.
+    keep_last: the last layer stays whole, and heads and ffn are of those below it. Of the last layer of a dense BERT,
+        RoBERTa or DistilBERT that looks at a row's first token, a packed encoder computes that token alone.
     speedup: in place of heads and ffn: how many times as fast the model is to be. Heads and units of all layers
         compete by importance per measured second.
     normalize: divide importance by its norm in each layer before layers compete.
@@ -39,6 +41,7 @@ class Pruning:
     heads: int | None = None
     ffn: int | None = None
     layers: Literal["uniform", "global"] = "uniform"
+    keep_last: bool = False
     speedup: float | None = None
     normalize: bool = False
     activation: str | None = None
@@ -50,6 +53,8 @@ class Pruning:
             raise ValueError("nothing to prune: give heads, ffn, speedup or activation")
         if self.speedup is not None and (self.heads is not None or self.ffn is not None):
             raise ValueError("give either speedup, which chooses heads and units by itself, or heads and ffn")
+        if self.keep_last and self.heads is None and self.ffn is None:
+            raise ValueError("keep_last is about heads and ffn: give one of them, or leave it out")
         if self.speedup is not None and not 1 <= self.speedup < float("inf"):
             raise ValueError(f"speedup must be a number from 1 on; got {self.speedup}")
         for name, least in (("heads", FEWEST_HEADS), ("ffn", 1 if self.layers == "uniform" else FEWEST_UNITS)):
@@ -111,9 +116,12 @@ def choose(importance: Importance, pruning: Pruning, costs: Costs | None = None)
             raise ValueError("a speedup is chosen by costs: pass measure_costs(model), or your own")
         return _within_cost(scores, pruning.speedup, costs)
     pick = _best_of_each if pruning.layers == "uniform" else _best_of_all
-    return Kept(
-        heads=pick(scores.heads, pruning.heads, FEWEST_HEADS), units=pick(scores.units, pruning.ffn, FEWEST_UNITS)
-    )
+
+    def of(parts: Sequence[Tensor], count: int | None, fewest: int) -> tuple[tuple[int, ...], ...]:
+        below = len(parts) - pruning.keep_last
+        return pick(parts[:below], count, fewest) + _best_of_each(parts[below:], None, fewest)
+
+    return Kept(heads=of(scores.heads, pruning.heads, FEWEST_HEADS), units=of(scores.units, pruning.ffn, FEWEST_UNITS))
 
 
 def cut(model: LongspanPreTrainedModel, kept: Kept, *, activation: str | None = None) -> Any:
@@ -160,9 +168,12 @@ def rebuilt(model: LongspanPreTrainedModel, encoder: EncoderConfig, weights: Map
 
 
 def _check_counts(pruning: Pruning, config: EncoderConfig) -> None:
+    blocks = config.blocks[:-1] if pruning.keep_last else config.blocks
+    if not blocks:
+        raise ValueError("keep_last leaves nothing to prune in a model of one layer")
     for name, wanted, counts in (
-        ("heads", pruning.heads, [block.heads for block in config.blocks]),
-        ("feed-forward units", pruning.ffn, [block.ffn_width for block in config.blocks]),
+        ("heads", pruning.heads, [block.heads for block in blocks]),
+        ("feed-forward units", pruning.ffn, [block.ffn_width for block in blocks]),
     ):
         there = min(counts) if pruning.layers == "uniform" else sum(counts) / len(counts)
         if wanted is not None and wanted > there:

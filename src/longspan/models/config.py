@@ -44,6 +44,11 @@ class HeadConfig:
         if self.activation is not None:
             activation(self.activation)
 
+    @property
+    def reads_first_only(self) -> bool:
+        """Whether only the first token's vector of each row is looked at."""
+        return self.pooling in ("pooler", "first")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -92,7 +92,7 @@ class _TaskModel(LongspanPreTrainedModel):
         pooling, sequence = self.described.pooling, self.sequence
         outputs = self.longspan(
             *(input_ids, token_mask, global_mask, token_type_ids, position_ids, inputs_embeds, *asked),
-            first_only=pooling in ("pooler", "first"),
+            first_only=self.described.reads_first_only,
             return_dict=True,
         )
         x = outputs.last_hidden_state  # [B, N, C] or [B, 1, C]

@@ -168,6 +168,8 @@ class PackedEncoder(InferenceEncoder):
             if work is not None:
                 sequences, rows = work.batch.first_tokens()
                 folds = last.folds(work.batch, rows)
+                if len(blocks) > 1 or not folds:
+                    self._project(work)
                 for block, following in pairwise(blocks):
                     block(work, None if folds and following is last else following, self.final_norm, "auto")
                 if folds:
@@ -188,6 +190,7 @@ class PackedEncoder(InferenceEncoder):
             work = self._begin(x, token_mask, global_mask, position_ids)
             if work is None:
                 return states
+            self._project(work)
             blocks: list[Any] = [*self.blocks, None]
             for number, (block, following) in enumerate(pairwise(blocks)):
                 block(work, following, self.final_norm, backend)
@@ -201,17 +204,20 @@ class PackedEncoder(InferenceEncoder):
             raise ValueError(f"this encoder is packed for the CPU; got an input on {x.device}")
 
     def _begin(self, x, token_mask, global_mask, position_ids) -> Workspace | None:
-        """The rows of a call with the first layer's queries, keys and values; None where there are no tokens."""
+        """The rows of a call; None where there are no tokens."""
         same_anywhere = all(depends_on_distance_only(block.pattern) for block in self.config.blocks)
         batch = Ragged(x, token_mask, global_mask, from_place_zero=not same_anywhere)
         if not batch.tokens:
             return None
         work = Workspace(self.config, _dtype(self.precision), self.precision == "int8", batch, position_ids)
         batch.take(x, work.stream[: batch.tokens])
+        return work
+
+    def _project(self, work: Workspace) -> None:
+        """The first layer's queries, keys and values."""
         block: Any = self.blocks[0]
         for chunk in work.chunks:
             block.begin(work, chunk, work.add(chunk, None, block.attention_norm, to_attention=True))
-        return work
 
 
 class PackedBlock(nn.Module):

@@ -40,7 +40,8 @@ CALIBRATION_ROWS = 512
 class Student:
     """layers: of the small encoder: at even distances of the one that it starts as, or the lowest of a deeper student
     that has learnt. pruned: (heads, feed-forward units) a layer, on average, kept of the trained student with as many
-    layers; None for all of them. ngrams: whether the student so trained also hears n-grams."""
+    layers, the last of which stays whole; None for all of them. ngrams: whether the student so trained also hears
+    n-grams."""
 
     name: str
     layers: int
@@ -260,7 +261,7 @@ class Steps:
             rows = tokenize(examples, tokenizer, self.config.max_tokens)
             batches = [collate(rows[first : first + 16]) for first in range(0, len(rows), 16)]
             heads, units = student.pruned
-            small = prune(small, batches, Pruning(heads=heads, ffn=units, layers="global"))
+            small = prune(small, batches, Pruning(heads=heads, ffn=units, layers="global", keep_last=True))
         # What was cut has more to learn again; what has learnt the labels would forget at such a rate.
         rate, epochs = (5e-5, self.config.epochs) if source is None else (1e-4, self.config.cut_epochs)
         self._distill(small, tokenizer, folder, learning_rate=rate, epochs=epochs)
