@@ -60,7 +60,7 @@ def test_each_term_adds_eight_bits_or_more(terms: int, most: float):
     assert own < most
     library = kernels.library()
     assert library is not None
-    # Two are as good as three where fp32 numbers are multiplied as they are, and one where there are no products of bf16.
+    # Where fp32 numbers are multiplied as they are two are as good as three, and one, too, without products of bf16.
     if terms == 3 or (terms == 1 and library.longspan_instruction_set() in (b"avx512_bf16", b"amx")):
         assert own > most / 10
 
