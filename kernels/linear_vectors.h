@@ -61,7 +61,7 @@ struct Int8InWords {
 #if LONGSPAN_AVX512
     return (Vector)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16((__m512i)x, (__m512i)weight));
 #else
-    // GCC would add into the product and move it to the sums, at a tenth of the speed.
+    // GCC would add into the product and move that to the sums, which costs a tenth of the speed.
     const __m256i product = _mm256_madd_epi16((__m256i)x, (__m256i)weight);
     asm("vpaddd %1, %0, %0" : "+x"(sums) : "x"(product));
     return sums;
