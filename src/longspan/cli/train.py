@@ -26,7 +26,9 @@ def reader(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of the encoder; the scorers learn faster.")] = 1e-4,
-    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = True,
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute in bfloat16. Default: where the processor has instructions for it.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the data order and every random choice.")] = 0,
 ) -> None:

@@ -103,3 +103,8 @@ def native_precision(device: torch.device) -> Precision | None:
         processor = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(processor.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16" if native else "fp32"
+
+
+def uses_bf16(chosen: bool | None, device: torch.device) -> bool:
+    """What was chosen, or for None whether the device has instructions for it: without, it takes ten times as long."""
+    return native_precision(device) == "bf16" if chosen is None else chosen

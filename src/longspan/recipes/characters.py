@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.inference.evidence import native_precision
+from longspan.inference.evidence import uses_bf16
 from longspan.inference.run_folder import remember, write_whole
 from longspan.models.longformer_lm import LongformerForCausalLM, LongformerLMConfig
 from longspan.models.longnet import LongNetConfig, LongNetForCausalLM
@@ -393,7 +393,7 @@ class Steps:
                 f"the training split has {len(tokens):,} characters and a step reads {config.tokens_per_step:,}"
             )
         ids = torch.from_numpy(np.array(tokens[: config.tokens_per_step], np.int64)).reshape(-1, system.length)
-        bf16 = native_precision(model.device) == "bf16" if config.bf16 is None else config.bf16
+        bf16 = uses_bf16(config.bf16, model.device)
         times = []
         for _ in range(MEASURED_STEPS):
             began = time.perf_counter()

@@ -159,7 +159,7 @@ class Steps:
 
         def calibrated(model: Any) -> float:
             last = held_out[-config.calibrated :]
-            read = read_held_out(model, articles, self.tokenizer, last, bf16=True, fillers=allowed)
+            read = read_held_out(model, articles, self.tokenizer, last, fillers=allowed)
             return calibrate(model, read)
 
         return made, calibrated

@@ -24,6 +24,7 @@ from longspan.compression.ngrams import fit_ngrams, ngram_logits, targets_of, we
 from longspan.compression.prune import Pruning, prune
 from longspan.compression.students import student_of
 from longspan.compression.teacher_outputs import compute_teacher_outputs
+from longspan.inference.evidence import uses_bf16
 from longspan.inference.run_folder import write_whole
 from longspan.models.classifiers import Classifier, load_classifier
 from longspan.models.convert import whole_or_absent
@@ -59,7 +60,8 @@ class Reviews:
     train_rows: reviews whose labels a student learns from first, in label_epochs passes. taught_rows: those of them
     that the teacher then explains, in epochs passes, or cut_epochs where the student was cut.
     max_tokens: how much of a review is read everywhere else.
-    timed_rows: reviews of the test split on which the teacher is timed; it reads all of them in bf16 for its accuracy.
+    timed_rows: reviews of the test split on which the teacher is timed; for its accuracy it reads all of them, in bf16
+        where the processor has instructions for it.
     instances: of a student that run side by side, one thread each; the other rows have as many threads.
     """
 
@@ -219,18 +221,22 @@ class Steps:
         return loaded
 
     @property
+    def _bf16(self) -> bool:
+        return uses_bf16(None, self.teacher.model.device)
+
+    @property
     def teacher_folder(self) -> Path:
         return self.folder / "teacher" / "model"
 
     def teacher_accuracy(self) -> float:
-        """On the whole test split, in bf16."""
+        """On the whole test split."""
         teacher, file = self.teacher, self.folder / "teacher-accuracy.json"
         rows = tokenize(self.task.examples("test"), teacher.tokenizer, self.config.max_tokens)
         key = fingerprint(rows)
         found = json.loads(file.read_text()) if file.exists() else {}
         if found.get("rows") != key:
             self.tell(f"teacher: {len(rows)} reviews of the test split")
-            logits = predict_logits(teacher.model, rows, teacher.tokenizer, bf16=True)
+            logits = predict_logits(teacher.model, rows, teacher.tokenizer, bf16=self._bf16)
             found = {"rows": key, "accuracy": self.task.metrics("test", logits)["accuracy"]}
             write_whole(file, json.dumps(found) + "\n")
         return found["accuracy"]
@@ -292,7 +298,9 @@ class Steps:
             self.tell("n-grams")
             rows = self._taught_rows(self._tokenizer)
             features, collate = rows.for_teacher
-            taught = compute_teacher_outputs(self.teacher.model, features, self._cache, collate=collate, bf16=True)
+            taught = compute_teacher_outputs(
+                self.teacher.model, features, self._cache, collate=collate, bf16=self._bf16
+            )
             labels = [row["labels"] for row in rows.features]
             targets = targets_of(labels, len(self.task.labels), taught.logits().numpy())
             table = fit_ngrams(rows.features, targets)
@@ -317,7 +325,7 @@ class Steps:
     def _with_ngrams(self, model: Any, tokenizer: Any) -> Any:
         """The student with n-grams beside it, as loud as the dev split would have them."""
         dev = tokenize(self.task.examples("dev"), tokenizer, self.config.max_tokens)
-        logits = predict_logits(model, dev, tokenizer, bf16=True)
+        logits = predict_logits(model, dev, tokenizer, bf16=self._bf16)
         weight = weight_beside(logits, ngram_logits(self.ngrams, dev), [row["labels"] for row in dev])
         return with_ngrams(model, weight * self.ngrams)
 
@@ -328,13 +336,12 @@ class Steps:
             loss=DistillationLoss(logits=1.0, temperature=2.0, hard_labels=0.5),
             epochs=epochs,
             learning_rate=learning_rate,
-            bf16=True,
             seed=self.config.seed,
         )
         dev = tokenize(self.task.examples("dev"), tokenizer, self.config.max_tokens)
 
         def evaluate(model: Any) -> dict[str, float]:
-            return self.task.metrics("dev", predict_logits(model, dev, tokenizer, bf16=True))
+            return self.task.metrics("dev", predict_logits(model, dev, tokenizer, bf16=self._bf16))
 
         distill(self.teacher.model, small, rows, folder, settings, evaluate=evaluate, cache=self._cache)
 

@@ -16,7 +16,7 @@ from longspan.compression.ngrams import BUCKETS, fit_ngrams, ngram_logits, targe
 from longspan.compression.prune import Pruning, prune
 from longspan.compression.students import student_of
 from longspan.compression.teacher_outputs import compute_teacher_outputs
-from longspan.inference.evidence import native_precision
+from longspan.inference.evidence import uses_bf16
 from longspan.models.classifiers import load_classifier
 from longspan.models.convert import as_ours, refuse_existing, whole_or_absent
 from longspan.models.packed import Precision
@@ -165,7 +165,7 @@ def add_ngrams_on_task(
                 tokenize(train, theirs.tokenizer, theirs.max_tokens),
                 out.with_name(f"{out.name}-teacher") if cache is None else cache,
                 collate=DataCollatorWithPadding(theirs.tokenizer),
-                bf16=native_precision(theirs.model.device) == "bf16",
+                bf16=uses_bf16(None, theirs.model.device),
             )
             .logits()
             .numpy()

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longspan.inference.evidence import native_precision
+from longspan.inference.evidence import uses_bf16
 from longspan.models.convert import load_tokenizer
 from longspan.models.text_tokenizers import tokenization_of
 from longspan.training.token_files import unit_of
@@ -133,13 +133,11 @@ def bits_of_windows(
     ends: where the windows end in `tokens`; each begins `length` tokens before.
     """
     ends, rows = np.asarray(ends), max(1, TOKENS_TOGETHER // length)
-    if bf16 is None:
-        bf16 = native_precision(model.device) == "bf16"
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False, "logits_to_keep": scored + 1}
     options = {name: value for name, value in options.items() if name in accepted}
     found = []
-    with _evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    with _evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16(bf16, model.device)):
         for first in range(0, len(ends), rows):
             ids = np.stack([tokens[end - length : end] for end in ends[first : first + rows]]).astype(np.int64)
             ids = torch.from_numpy(ids).to(model.device)

@@ -27,7 +27,7 @@ from longspan.distributed.processes import (
     join_processes,
     lost_processes_told,
 )
-from longspan.inference.evidence import native_precision
+from longspan.inference.evidence import uses_bf16
 from longspan.inference.run_folder import remember
 from longspan.models.convert import whole_or_absent
 from longspan.training.curriculum import Curriculum, set_windows
@@ -278,7 +278,7 @@ def _arguments(config: LanguageTraining, model: Any, objective: Objective) -> Tr
         adam_beta2=config.betas[1],
         adam_epsilon=config.epsilon,
         max_grad_norm=config.max_grad_norm,
-        bf16=native_precision(model.device) == "bf16" if config.bf16 is None else config.bf16,
+        bf16=uses_bf16(config.bf16, model.device),
         train_sampling_strategy="sequential",  # the rows come in the run's order
         eval_strategy="steps",
         eval_steps=config.evaluate_steps,

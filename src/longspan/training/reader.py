@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, Trainer
 
+from longspan.inference.evidence import uses_bf16
 from longspan.inference.windows import select_disjoint
 from longspan.models.convert import to_long
 from longspan.models.evidence import LongspanForEvidence
@@ -73,7 +74,7 @@ class ReaderTraining:
     are read every evaluate_steps; the last `calibrated` of them weigh the parts of a score and fit the probabilities.
     trained_share: the result lies between the weights before training (0) and after it (1); less than 1 keeps more of
     what the base knows of other texts (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
-    threads: None leaves torch's setting.
+    bf16: None for where the processor has instructions for it. threads: None leaves torch's setting.
     """
 
     base: str
@@ -92,7 +93,7 @@ class ReaderTraining:
     evaluate_steps: int = 400
     save_steps: int = 50
     log_steps: int = 20
-    bf16: bool = True
+    bf16: bool | None = None
     threads: int | None = None
     seed: int = 0
 
@@ -260,7 +261,7 @@ def train_reader(config: ReaderTraining, *, base_model: LongspanForEvidence | No
             learning_rate=config.learning_rate,
             warmup_steps=config.warmup_steps,
             max_grad_norm=1.0,
-            bf16=config.bf16,
+            bf16=uses_bf16(config.bf16, model.device),
             logging_steps=config.log_steps,
             eval_strategy="steps",
             eval_steps=config.evaluate_steps,

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from longspan.inference.evidence import uses_bf16
 from longspan.inference.windows import candidate_windows
 from longspan.training.evidence_rows import Array, Articles, EvidenceRow, interval_iou
 
@@ -121,18 +122,21 @@ def read_held_out(
     tokenizer: Any,
     rows: Sequence[EvidenceRow],
     *,
-    bf16: bool,
+    bf16: bool | None = None,
     conditions: Sequence[Condition] = ("as_is",),
     fillers: Array | None = None,
 ) -> Iterator[tuple[EvidenceRow, Document, Array, Array]]:
-    """(row, document, candidate windows [M, 2], parts of their scores [3, M]) of every question and condition."""
+    """(row, document, candidate windows [M, 2], parts of their scores [3, M]) of every question and condition.
+
+    bf16: None for where the processor has instructions for it.
+    """
     was_training = model.training
     model.eval()
     for row in rows:
         question_ids = tokenize_question(tokenizer, row.question)
         for condition in conditions:
             document = document_of(articles, row, condition, fillers=fillers)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=uses_bf16(bf16, torch.device("cpu"))):
                 windows, parts = score_document(model, question_ids, document)
             yield row, document, windows, parts
     model.train(was_training)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from longspan.inference.evidence import native_precision
+from longspan.inference.evidence import uses_bf16
 from longspan.kernels.memory import keep_freed_memory
 
 
@@ -51,7 +51,7 @@ class TrainerSettings:
 
     def computes_in_bf16(self, model: Any) -> bool:
         """What `bf16` says, or where it says nothing, whether the model's device has instructions for it."""
-        return native_precision(model.device) == "bf16" if self.bf16 is None else self.bf16
+        return uses_bf16(self.bf16, model.device)
 
     def rows_a_step(self, arguments: TrainingArguments) -> int:
         return self.batch * self.accumulate * arguments.world_size
