@@ -31,7 +31,7 @@ class Pruning:
     layers: "uniform" keeps as many in every layer (FastFormers); "global" keeps the best of the whole model, and heads
         and ffn are means over the layers.
     keep_last: the last layer stays whole, and heads and ffn are of those below it. Of the last layer of a dense BERT,
-        RoBERTa or DistilBERT that looks at a row's first token, a packed encoder computes that token alone.
+        RoBERTa or DistilBERT that looks at a row's first token, a packed encoder computes little more than that token.
     speedup: in place of heads and ffn: how many times as fast the model is to be. Heads and units of all layers
         compete by importance per measured second.
     normalize: divide importance by its norm in each layer before layers compete.
