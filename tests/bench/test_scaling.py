@@ -12,7 +12,7 @@ from longspan.attention import DilatedSegments, SlidingWindow, attend
 from longspan.bench import cases, scaling
 from longspan.bench.attention import DilatedCase, exact_dilated
 from longspan.bench.character import local_attention
-from longspan.bench.measure import Row
+from longspan.bench.measure import MOST_CALLS, Row
 from longspan.bench.scaling import DENSE, OURS, TINY_LAYERS, Layer, Point, measure_layers, run_layer
 from longspan.cli import app
 
@@ -71,6 +71,17 @@ def test_dense_ends_before_a_length_would_take_it_over_a_minute(monkeypatch):
     rows = [row for row in ask() if not row.shape["backward"]]
     assert max(row.shape["tokens"] for row in rows if row.system == DENSE) == 1024  # 20 seconds; 2048 would take 82
     assert max(row.shape["tokens"] for row in rows if row.system == OURS) == 2**16
+
+
+@pytest.mark.parametrize(
+    ("call", "asked", "calls"),
+    [(1.0, 1.0, 4), (1.0, 9.0, 9), (29.0, 1.0, 3), (90.0, 1.0, 2), (0.0, 0.0, 4), (0.0, 1.0, MOST_CALLS)],
+)
+def test_three_calls_count_and_fewer_of_slow_ones(call: float, asked: float, calls: int):
+    taken = []
+    while scaling._more_calls(taken, asked):
+        taken.append(call)
+    assert len(taken) == calls
 
 
 def test_a_wrong_output_gets_no_time(monkeypatch):

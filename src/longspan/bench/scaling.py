@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,12 +32,13 @@ from longspan.attention.blocks import cut
 from longspan.bench.attention import DTYPES, TOLERANCE, available_mib
 from longspan.bench.measure import MOST_CALLS, Row, compare, fill_times, reset_peak, status_mib
 from longspan.inference.worker_process import end_with_parent
-from longspan.kernels.memory import give_back
+from longspan.kernels.memory import give_back, keep_up_to
 from longspan.models.blockwise import attend_in_blocks
 
 FIRST_TOKENS, MOST_TOKENS = 256, 2**26
 DENSE_SECONDS = 60.0  # dense attention is left out at lengths that would take it longer
 CHECKED_ROWS = 16
+LEAST_CALLS, ENOUGH_SECONDS = 3, 60.0  # that many calls of a length count, fewer where they take longer
 OURS, DENSE = "longspan", "dense SDPA"
 
 
@@ -103,6 +105,7 @@ def measure_point(
 ) -> Point:
     """One length, in a process of its own. The memory is all that grows, the input and its gradient included."""
     torch.set_num_threads(threads)
+    keep_up_to(sys.maxsize)  # a length's calls use the same memory, however long it is
     dtype = DTYPES[precision]
     w_in, w_out = (weight.requires_grad_(backward) for weight in layer.weights(dtype))
     call = partial(_call, layer, w_in=w_in, w_out=w_out, dense=dense)
@@ -113,13 +116,22 @@ def measure_point(
     x = _input(tokens, layer, dtype, backward)
     taken: list[float] = []
     last = x[:0]
-    while len(taken) < 2 or (sum(taken) < seconds and len(taken) < MOST_CALLS):
+    while _more_calls(taken, seconds):
         start = time.perf_counter()
         last = call(x)
         taken.append(time.perf_counter() - start)
     peak = round(status_mib("VmHWM") - before, 1) if counted else None
+    _give_back_memory()  # the other process may need it
     error = None if dense or backward else _error(layer, x, w_in, w_out, last)
     return Point(taken[1:], peak, error)  # the first call was given its memory by the operating system
+
+
+def _more_calls(taken: list[float], seconds: float) -> bool:
+    """After those that were taken, the first of which does not count."""
+    if len(taken) < 2:
+        return True
+    enough = ENOUGH_SECONDS if len(taken) <= LEAST_CALLS else seconds
+    return sum(taken) < enough and len(taken) < MOST_CALLS
 
 
 def _give_back_memory() -> None:

@@ -19,11 +19,10 @@ import torch
 from longspan.kernels import library
 
 HUGE_PAGE = 1 << 21  # bytes
-KEPT_BYTES = 1 << 28  # at most, in blocks that nobody uses
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 _free: dict[int, np.ndarray] = {}  # UInt8 blocks by their address, the longest unused first
+_most_kept = 1 << 28  # bytes, in blocks that nobody uses
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -60,16 +59,22 @@ def _take(size: int) -> np.ndarray | None:
 
 
 def _keep(block: np.ndarray) -> None:
-    if block.size > KEPT_BYTES:
+    if block.size > _most_kept:
         return
     _free[block.ctypes.data] = block
     blocks = list(_free.items())
     kept = sum(block.size for _, block in blocks)
     for address, block in blocks:
-        if kept <= KEPT_BYTES:
+        if kept <= _most_kept:
             break
         kept -= block.size
         _free.pop(address, None)
+
+
+def keep_up_to(size: int) -> None:
+    """From now on this process keeps blocks of `size` bytes that nobody uses, not 256 MiB."""
+    global _most_kept
+    _most_kept = size
 
 
 def give_back() -> None:
