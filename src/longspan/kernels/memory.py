@@ -72,7 +72,7 @@ def _keep(block: np.ndarray) -> None:
 
 
 def keep_up_to(size: int) -> None:
-    """From now on this process keeps blocks of `size` bytes that nobody uses, not 256 MiB."""
+    """From now on this process keeps at most `size` bytes in blocks that nobody uses, not 256 MiB."""
     global _most_kept
     _most_kept = size
 
