@@ -69,6 +69,7 @@ def layer_rows():
             ours=system == OURS,
             median_ms=1e-3 * tokens * (2 if system == OURS else 24),
             peak_mib=tokens / 1024,
+            token_over_short=1.0,
         )
         for layer in LAYERS
         for backward in (False, True)

@@ -31,6 +31,7 @@ ROW = {
     "gflops": float | None,
     "share_of_gemm": float | None,
     "peak_mib": float | None,
+    "token_over_short": float | None,
 }
 
 

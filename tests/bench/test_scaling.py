@@ -13,7 +13,7 @@ from longspan.bench import cases, scaling
 from longspan.bench.attention import DilatedCase, exact_dilated
 from longspan.bench.character import local_attention
 from longspan.bench.measure import MOST_CALLS, Row
-from longspan.bench.scaling import DENSE, OURS, TINY_LAYERS, Layer, Point, measure_layers, run_layer
+from longspan.bench.scaling import DENSE, OURS, SHORT_TOKENS, TINY_LAYERS, Layer, Point, measure_layers, run_layer
 from longspan.cli import app
 
 LONGNET, LONGFORMER = TINY_LAYERS
@@ -47,7 +47,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, seconds_per_token: float = 1e-6, **poi
     def measure(self, layer, dense, precision, backward, tokens, seconds, threads):
         asked.append((layer.name, dense, precision, backward, tokens))
         took = seconds_per_token * tokens * (tokens / 1024 if dense else 1)
-        return Point([took], tokens / 1024, None if dense or backward else 1e-7)
+        short = [] if dense or tokens <= SHORT_TOKENS else [SHORT_TOKENS * took / tokens]
+        return Point([took], tokens / 1024, None if dense or backward else 1e-7, short)
 
     monkeypatch.setattr(scaling._Worker, "measure", measure)
     return asked
@@ -184,3 +185,13 @@ def test_a_point_is_measured_with_its_memory():
     point = scaling.measure_point(layer, False, "fp32", True, 2**16, 0, torch.get_num_threads())
     assert point.peak_mib is not None and point.peak_mib > 2**16 * layer.width * 4 * 3 / 2**20  # x, y and a gradient
     assert point.relative_error is None
+    assert len(point.seconds) == 3 and len(point.short_seconds) == 3  # after the first call of each; four in turns
+
+
+def test_a_long_row_is_compared_with_a_short_one_in_the_same_minutes(monkeypatch):
+    fake(monkeypatch)
+    monkeypatch.setattr(scaling._Worker, "measure", lambda self, *asked: Point([4.0, 6.0, 5.0], 1.0, 1e-7, [1.0, 2.0]))
+    rows = measure_layers((LONGNET,), precisions=("fp32",), seconds=0, max_tokens=2**17, memory_gib=20)
+    assert next(row for row in rows if row.shape["tokens"] == 2**17).token_over_short == pytest.approx(
+        5 / 4 / 1.5, 1e-3
+    )

@@ -83,7 +83,10 @@ class Case(Protocol):
 
 @dataclass(kw_only=True)
 class Row:
-    """One system on one case, as result files keep it. Times are None unless the status is "ok"."""
+    """One system on one case, as result files keep it. Times are None unless the status is "ok".
+
+    token_over_short: of a long row of tokens, the time a token takes over what it takes in a short row, in turns.
+    """
 
     case: str
     shape: dict[str, Any]
@@ -106,6 +109,7 @@ class Row:
     gflops: float | None = None
     share_of_gemm: float | None = None
     peak_mib: float | None = None
+    token_over_short: float | None = None
 
     to_dict = asdict
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ FIRST_TOKENS, MOST_TOKENS = 256, 2**26
 DENSE_SECONDS = 60.0  # dense attention is left out at lengths that would take it longer
 CHECKED_ROWS = 16
 LEAST_CALLS, ENOUGH_SECONDS = 3, 60.0  # that many calls of a length count, fewer where they take longer
+SHORT_TOKENS = 32_768  # what a longer row is compared with,
+SHORT_TURNS = 1 / 8  # in turns that take this share of its time
 OURS, DENSE = "longspan", "dense SDPA"
 
 
@@ -93,11 +96,16 @@ def run_layer(layer: Layer, x: Tensor, w_in: Tensor, w_out: Tensor, *, dense: bo
 
 
 class Point(NamedTuple):
-    """What one length gave. relative_error: of some of the output's rows against float64, None where nobody looked."""
+    """What one length gave.
+
+    relative_error: of some of the output's rows against float64, None where nobody looked. short_seconds: of calls in
+    turns with these, over the first SHORT_TOKENS tokens; none where the row is no longer.
+    """
 
     seconds: list[float]
     peak_mib: float | None
     relative_error: float | None
+    short_seconds: Sequence[float] = ()
 
 
 def measure_point(
@@ -115,15 +123,27 @@ def measure_point(
     before = status_mib("VmRSS") if counted else 0.0
     x = _input(tokens, layer, dtype, backward)
     taken: list[float] = []
-    last = x[:0]
+    short_taken: list[float] = []
+    peak, last = None, x[:0]
     while _more_calls(taken, seconds):
-        start = time.perf_counter()
-        last = call(x)
-        taken.append(time.perf_counter() - start)
-    peak = round(status_mib("VmHWM") - before, 1) if counted else None
+        last = _timed(call, x, taken)
+        if counted and peak is None:
+            peak = round(status_mib("VmHWM") - before, 1)
+        if tokens > SHORT_TOKENS and not dense:
+            short = x.detach()[:SHORT_TOKENS].requires_grad_(backward)
+            for _ in range(max(1, int(SHORT_TURNS * tokens / SHORT_TOKENS))):
+                _timed(call, short, short_taken)
     _give_back_memory()  # the other process may need it
     error = None if dense or backward else _error(layer, x, w_in, w_out, last)
-    return Point(taken[1:], peak, error)  # the first call was given its memory by the operating system
+    return Point(taken[1:], peak, error, short_taken[1:])  # the operating system gave the first calls their memory
+
+
+def _timed(call: Callable[[Tensor], Tensor], x: Tensor, taken: list[float]) -> Tensor:
+    """What the call gives; `taken` gets its seconds."""
+    start = time.perf_counter()
+    last = call(x)
+    taken.append(time.perf_counter() - start)
+    return last
 
 
 def _more_calls(taken: list[float], seconds: float) -> bool:
@@ -301,6 +321,9 @@ class _Series:
             row.status, row.note = "failed tolerance", f"relative error {point.relative_error:.1e}"
             return
         fill_times(row, None, point.seconds)
+        if point.short_seconds:
+            each, short_each = median(point.seconds) / tokens, median(point.short_seconds) / SHORT_TOKENS
+            row.token_over_short = float(f"{each / short_each:.4g}")
 
 
 def _sizes(layer: Layer) -> dict[str, Any]:
