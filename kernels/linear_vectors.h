@@ -1,8 +1,8 @@
 // Linear layers on vectors. The interface is told in longspan_linear.h.
 //
-// A block of rows, copied to where it stays in the second-level cache, meets the panels of the weight one after the
-// other; a panel serves all rows of the block before the next one comes. Long rows of fp32 numbers take several stages,
-// each with sums of its own: one sum over all of a row would be less exact.
+// A block of rows, copied to where it stays in a cache, meets the panels of the weight one after the other. Long rows of
+// fp32 numbers take several stages, each with sums of its own: one sum over all of a row would be less exact. A stage of a
+// panel serves all rows of the block, out of the second-level cache, before the next one comes.
 #pragma once
 #include <omp.h>
 
@@ -14,7 +14,11 @@
 
 namespace longspan::LONGSPAN_SET {
 
+#if LONGSPAN_AVX512
 constexpr int64_t TASK_BYTES = 512 * 1024;  // of rows
+#else
+constexpr int64_t TASK_BYTES = 2048 * 1024;  // of rows: where the second level is small, they are better in the third
+#endif
 constexpr int64_t SHARED_PANELS = 4;        // the fewest of a task, where rows alone do not give all threads work
 constexpr int64_t LAYER_ROWS = 128;         // go all the way through a layer: what they become stays in the cache
 
@@ -140,7 +144,7 @@ struct Linear {
         : Shares(call, round_up(TASK_BYTES / (width * NUMBER), Tiles::ROWS) + Tiles::ROWS, Tiles::ROWS, SHARED_PANELS),
           width(width) {}
 
-    int64_t workspace_bytes() const { return block_rows * width * NUMBER + 2 * Tiles::ROWS * SQUARE * 4; }
+    int64_t workspace_bytes() const { return block_rows * (width * NUMBER + SQUARE * 4) + Tiles::ROWS * SQUARE * 4; }
   };
 
   template <class T>
@@ -201,38 +205,42 @@ struct Linear {
     const int64_t last_panel = smaller(first_panel + plan.part_panels, plan.panels);
     Packed* block = reinterpret_cast<Packed*>(memory);
     float* sums = reinterpret_cast<float*>(memory + plan.block_rows * plan.width * NUMBER);
+    float* of_stage = sums + plan.block_rows * SQUARE;
     pack_rows<T>(call, plan, first_row, rows, block);
     Finisher<Format> finisher{call, sums, plan.streams};
     finisher.is_last = true;
-    const int64_t groups = divide_up(rows, Tiles::ROWS);
-    const int64_t share = groups > 1 ? panel_bytes(call.in_features) / groups : 0;  // of the next panel, to fetch
+    const int64_t turns = divide_up(rows, Tiles::ROWS) * divide_up(plan.width, STAGE);
+    const int64_t share = rows > Tiles::ROWS ? panel_bytes(call.in_features) / turns : 0;  // of the next panel, to fetch
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const uint8_t* weight = static_cast<const uint8_t*>(call.packed) + panel * panel_bytes(call.in_features);
       finisher.offsets = reinterpret_cast<const int32_t*>(weight + SQUARE * plan.width * NUMBER);
       finisher.first_column = panel * SQUARE;
       const uint8_t* next = weight + panel_bytes(call.in_features);
-      for (int64_t row = 0; row < rows; row += Tiles::ROWS) {
-        for (int64_t i = 0; i < share; i += CACHE_LINE, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
-        multiply(block + row * plan.width, reinterpret_cast<const Packed*>(weight), plan.width, sums);
-        finisher.first_row = first_row + row;
-        finisher.rows = smaller(Tiles::ROWS, rows - row);
-        finisher.done = 0;
-        finisher.finish(Tiles::ROWS);
+      for (int64_t first = 0; first < plan.width; first += STAGE) {
+        for (int64_t row = 0; row < rows; row += Tiles::ROWS) {
+          for (int64_t i = 0; i < share; i += CACHE_LINE, next += CACHE_LINE) _mm_prefetch(next, _MM_HINT_T1);
+          multiply(block + row * plan.width, reinterpret_cast<const Packed*>(weight), plan.width, first,
+                   sums + row * SQUARE, of_stage);
+          if (first + STAGE < plan.width) continue;
+          finisher.sums = sums + row * SQUARE;
+          finisher.first_row = first_row + row;
+          finisher.rows = smaller(Tiles::ROWS, rows - row);
+          finisher.done = 0;
+          finisher.finish(Tiles::ROWS);
+        }
       }
     }
   }
 
-  // The sums of a group of rows and a panel. Behind them is room for those of a stage.
-  static void multiply(const Packed* group, const Packed* panel, int64_t width, float* sums) {
-    float* of_stage = sums;
-    for (int64_t first = 0; first < width; first += STAGE) {
-      const Packed* halves[HALVES];
-      for (int64_t i = 0; i < HALVES; ++i) halves[i] = panel + (i * width + first) * Tiles::PANEL;
-      Tiles::scores(group + first * Tiles::ROWS, smaller(STAGE, width - first), halves, HALVES, of_stage, SQUARE);
-      for (int64_t i = 0; i < Tiles::ROWS * SQUARE && of_stage != sums; i += LANES) {
-        store(sums + i, load(sums + i) + load(of_stage + i));
-      }
-      of_stage = sums + Tiles::ROWS * SQUARE;
+  // Adds what a stage, whose numbers begin at `first`, gives to the sums of a group of rows and a panel.
+  static void multiply(const Packed* group, const Packed* panel, int64_t width, int64_t first, float* sums,
+                       float* of_stage) {
+    const Packed* halves[HALVES];
+    for (int64_t i = 0; i < HALVES; ++i) halves[i] = panel + (i * width + first) * Tiles::PANEL;
+    Tiles::scores(group + first * Tiles::ROWS, smaller(STAGE, width - first), halves, HALVES, first ? of_stage : sums,
+                  SQUARE);
+    for (int64_t i = 0; i < Tiles::ROWS * SQUARE && first; i += LANES) {
+      store(sums + i, load(sums + i) + load(of_stage + i));
     }
   }
 };

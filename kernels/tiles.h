@@ -39,6 +39,8 @@
 // source serves both. A transposed panel is words[padded / PER_WORD][PANEL], a straight one words[PANEL / PER_WORD][padded],
 // where a bf16 word of a straight panel, and of the weights of `scatter`, pairs the same column of two rows.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 #if defined(__AMX_BF16__)
 #include "tiles_amx.h"
@@ -130,13 +132,13 @@ struct VectorTiles {
       for (int64_t i = 0; i < step; ++i) {
         columns[i] = panels[(v + i) / PER_PANEL] + (v + i) % PER_PANEL * LANES * PER_WORD;
       }
-      for (int64_t row = 0; row < ROWS; row += STRIP) {
+      in_strips([&](int64_t row, auto rows) {
         float* to = out + row * out_stride + v * LANES;
         const Packed* from = block + row * padded;
-        if (step == 1) score_strip<1>(from, padded, columns, to, out_stride);
-        if (step == 2) score_strip<2>(from, padded, columns, to, out_stride);
-        if (step == 3) score_strip<3>(from, padded, columns, to, out_stride);
-      }
+        if (step == 1) score_strip<rows, 1>(from, padded, columns, to, out_stride);
+        if (step == 2) score_strip<rows, 2>(from, padded, columns, to, out_stride);
+        if (step == 3) score_strip<rows, MAX_VECTORS>(from, padded, columns, to, out_stride);
+      });
     }
   }
 
@@ -145,14 +147,15 @@ struct VectorTiles {
     const int64_t vectors = padded / LANES;
     for (int64_t v = 0, step; v < vectors; v += step) {
       step = next_step(vectors - v);
-      for (int64_t row = 0; row < ROWS; row += STRIP) {
+      in_strips([&](int64_t row, auto rows) {
         const Packed* from = weights + row * weights_stride;
         const float* factor = alpha ? alpha + row : nullptr;
         float* to = out + row * padded;
-        if (step == 1) accumulate_strip<1>(from, weights_stride, panels, count, padded, v * LANES, factor, to);
-        if (step == 2) accumulate_strip<2>(from, weights_stride, panels, count, padded, v * LANES, factor, to);
-        if (step == 3) accumulate_strip<3>(from, weights_stride, panels, count, padded, v * LANES, factor, to);
-      }
+        const auto run = [&](auto strip) { strip(from, weights_stride, panels, count, padded, v * LANES, factor, to); };
+        if (step == 1) run(accumulate_strip<rows, 1>);
+        if (step == 2) run(accumulate_strip<rows, 2>);
+        if (step == 3) run(accumulate_strip<rows, MAX_VECTORS>);
+      });
     }
   }
 
@@ -162,24 +165,42 @@ struct VectorTiles {
     for (int64_t p = 0; p < count; ++p) {
       for (int64_t v = 0, step; v < vectors; v += step) {
         step = next_step(vectors - v);
-        for (int64_t row = 0; row < PANEL; row += STRIP) {
+        in_strips([&](int64_t row, auto rows) {
           const Packed* from = weights + (p * PANEL + row) * PER_WORD;
           const Packed* columns = panel + v * LANES * PER_WORD;
           float* to = outs[p] + row * padded + v * LANES;
-          if (step == 1) scatter_strip<1>(from, weights_stride, columns, padded, to);
-          if (step == 2) scatter_strip<2>(from, weights_stride, columns, padded, to);
-          if (step == 3) scatter_strip<3>(from, weights_stride, columns, padded, to);
-        }
+          if (step == 1) scatter_strip<rows, 1>(from, weights_stride, columns, padded, to);
+          if (step == 2) scatter_strip<rows, 2>(from, weights_stride, columns, padded, to);
+          if (step == 3) scatter_strip<rows, MAX_VECTORS>(from, weights_stride, columns, padded, to);
+        });
       }
     }
   }
 
  private:
-  // A micro-kernel holds STRIP rows times up to MAX_VECTORS vectors of sums in registers, of which AVX-512 has 32, the others 16.
+  template <int64_t COUNT>
+  using Rows = std::integral_constant<int64_t, COUNT>;
+
+  // A micro-kernel holds a strip of rows times up to MAX_VECTORS vectors of sums in registers, of which AVX-512 has 32,
+  // the others 16. Ten sums or more hide the four or five cycles that a product takes.
 #if LONGSPAN_AVX512
-  static constexpr int64_t STRIP = 8, MAX_VECTORS = 3;
+  static constexpr int64_t MAX_VECTORS = 3;
+
+  // Calls use(first row, number of rows) for the 16 rows of a block or a panel.
+  template <class Use>
+  ALWAYS_INLINE void in_strips(Use use) {
+    use(0, Rows<8>());
+    use(8, Rows<8>());
+  }
 #else
-  static constexpr int64_t STRIP = 4, MAX_VECTORS = 2;
+  static constexpr int64_t MAX_VECTORS = 2;
+
+  template <class Use>
+  ALWAYS_INLINE void in_strips(Use use) {
+    use(0, Rows<6>());
+    use(6, Rows<5>());
+    use(11, Rows<5>());
+  }
 #endif
 
   // 4 vectors are better done as 2 + 2 than as 3 + 1.
@@ -209,7 +230,7 @@ struct VectorTiles {
   }
 
   // Not inlined: within a larger function the compiler has been seen to keep the sums in memory.
-  template <int64_t VECTORS>
+  template <int64_t STRIP, int64_t VECTORS>
   NO_INLINE void score_strip(const Packed* block, int64_t padded, const Packed* const* columns, float* out,
                              int64_t out_stride) {
     Vector sums[STRIP][VECTORS] = {};
@@ -228,7 +249,7 @@ struct VectorTiles {
     }
   }
 
-  template <int64_t VECTORS>
+  template <int64_t STRIP, int64_t VECTORS>
   NO_INLINE void accumulate_strip(const Packed* weights, int64_t weights_stride, const Packed* const* panels,
                                   int64_t count, int64_t padded, int64_t x, const float* alpha, float* out) {
     Vector sums[STRIP][VECTORS];
@@ -255,7 +276,7 @@ struct VectorTiles {
     }
   }
 
-  template <int64_t VECTORS>
+  template <int64_t STRIP, int64_t VECTORS>
   NO_INLINE void scatter_strip(const Packed* weights, int64_t weights_stride, const Packed* panel, int64_t padded,
                                float* out) {
     static_assert(ROWS == PANEL, "a block is packed as a panel");
